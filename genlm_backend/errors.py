@@ -1,0 +1,259 @@
+"""Every error this package raises on purpose, by cause and by who can act.
+
+    GenlmError
+        InvalidRequest (ValueError)         the caller: fix the arguments
+            EmptyPrompt
+            TokenIdError
+            ContextTooLong
+            UnknownAdapter
+            InvalidQuery
+            WeightsMismatch
+            InvalidDevice
+            NoSuchNode
+        UnknownBackend (ValueError)
+            UnknownTrieBackend
+        BackendUnavailable (ImportError)    the environment: install something
+        ModelNotFound (OSError)
+        UnsafeWeights (ValueError)
+        RemoteCodeRefused (ValueError)
+        UnsupportedModel (ValueError)       the model: use another one, or another engine
+        VocabularyError (ValueError)
+        DuplicateWord (ValueError)          one vocabulary entry twice in a trie
+        EvaluationFailed (RuntimeError)     the forward pass of one request raised
+            NonFiniteLogits
+        NoTokenAllowed (ValueError)         mathematics: a mask excludes every possible token
+        ModelClosed (RuntimeError)          life-cycle
+            QueriesReset
+            ForkedEngine
+
+    SlowPathWarning (UserWarning)           correct, but slower than it could be; says why
+
+Each class takes the data and builds the message: what came, what was expected, what to do. All of them pickle.
+"""
+
+from __future__ import annotations
+
+
+class GenlmError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+    def __init__(self, *data: object) -> None:
+        self.data = data
+        super().__init__(*data)
+
+    def __reduce__(self) -> tuple[type[GenlmError], tuple[object, ...]]:
+        return type(self), self.data
+
+    def __str__(self) -> str:
+        return self.message(*self.data)
+
+    @staticmethod
+    def message(*data: object) -> str:
+        """The text for the data given to the constructor."""
+        return " ".join(map(str, data))
+
+
+class InvalidRequest(GenlmError, ValueError):
+    """The arguments of a call cannot be served; nothing was computed."""
+
+
+class EmptyPrompt(InvalidRequest):
+    """`token_ids` has no token; a language model needs at least one."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        return "Token ids must not be empty: got no token; start with the tokenizer's bos_token_id or a prompt"
+
+
+class TokenIdError(InvalidRequest):
+    """One entry of `token_ids` is not the id of a token of this model. Data: position, what is there, number of ids."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        position, what, bound = data
+        where = "token_ids" if position is None else f"token_ids[{position}]"
+        return f"{where} is {what}; expected integers from 0 to {int(str(bound)) - 1}"
+
+
+class ContextTooLong(InvalidRequest):
+    """The prompt leaves no room in the model's context. Data: length, limit."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        length, limit = data
+        return f"the context has {length} tokens; this model takes at most {limit}: shorten the prompt or stop earlier"
+
+
+class UnknownAdapter(InvalidRequest):
+    """`lora_name` names no adapter of this model. Data: name, known names."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        name, known = data
+        return f"unknown adapter {name!r}; known adapters: {known or 'none'}; add one first, or pass lora_name=None"
+
+
+class InvalidQuery(InvalidRequest):
+    """A query does not fit the model's rows. Data: the reason."""
+
+
+class WeightsMismatch(InvalidRequest):
+    """Weights, or masses to draw, do not fit a trie. Data: what came, what was expected."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        came, expected = data
+        return f"got {came}; expected {expected}"
+
+
+class InvalidDevice(InvalidRequest):
+    """A trie cannot compute on this device. Data: device, the reason."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        device, reason = data
+        return f"Invalid device: {device!r}: {reason}"
+
+
+class NoSuchNode(InvalidRequest):
+    """A trie has no such node. Data: what was asked for, number of nodes."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        node, n_nodes = data
+        return f"the trie has no node {node!r}; expected 0 to {int(str(n_nodes)) - 1}, or a prefix of one of its tokens"
+
+
+class UnknownBackend(GenlmError, ValueError):
+    """`backend` names no engine. Data: name, known names."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        name, known = data
+        return f"Invalid backend: {name!r}; expected one of {known}"
+
+
+class UnknownTrieBackend(UnknownBackend):
+    """`backend` names no trie. Data: name, known names."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        name, known = data
+        return f"Unknown backend: {name!r}; expected one of {known}"
+
+
+class BackendUnavailable(GenlmError, ImportError):
+    """An optional package is missing. Data: what needs it, the install command."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        what, command = data
+        return f"{what} is not installed; install it with: {command}"
+
+
+class ModelNotFound(GenlmError, OSError):
+    """No model is known by this name here. Data: name, how to get it."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        name, remedy = data
+        return f"no model {name!r} was found here; {remedy}"
+
+
+class UnsafeWeights(GenlmError, ValueError):
+    """The weights are pickles, which can run code when loaded. Data: model name."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        return (
+            f"{data[0]!r} has no safetensors weights, only pickles, which can run code when loaded; "
+            "convert them, or pass hf_opts={'use_safetensors': False} if you trust their source"
+        )
+
+
+class RemoteCodeRefused(GenlmError, ValueError):
+    """The model brings code of its own. Data: model name."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        return f"{data[0]!r} wants to run code of its own; pass trust_remote_code=True if you have read and trust it"
+
+
+class UnsupportedModel(GenlmError, ValueError):
+    """This engine cannot serve this model. Data: what it is, what to do."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        what, remedy = data
+        return f"{what}; {remedy}"
+
+
+class VocabularyError(GenlmError, ValueError):
+    """The tokenizer's vocabulary cannot be turned into bytes. Data: the reason."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        return f"Could not decode byte representation of token vocabulary from tokenizer: {data[0]}"
+
+
+class DuplicateWord(GenlmError, ValueError):
+    """A trie's vocabulary has one token twice. Data: the token's key, its first and second position."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        word, first, second = data
+        return f"Duplicate word in vocabulary: {word!r} is entry {first} and entry {second}; leave one out"
+
+
+class EvaluationFailed(GenlmError, RuntimeError):
+    """Computing this request raised; the cause is chained. Data: number of tokens, the cause in words."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        n_tokens, cause = data
+        return f"evaluating a context of {n_tokens} tokens failed: {cause}; other requests are not affected"
+
+
+class NonFiniteLogits(EvaluationFailed):
+    """The model returned NaN, or no finite logit, for this context; nothing was cached. Data: number of tokens."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        return f"the model's logits for a context of {data[0]} tokens are not finite; try float32, or check the weights"
+
+
+class NoTokenAllowed(GenlmError, ValueError):
+    """The mask of a draw excludes every token that has probability. Data: number of tokens the mask allows."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        return f"no token can be drawn: the mask allows {data[0]} tokens, all of probability zero; it is a dead end"
+
+
+class ModelClosed(GenlmError, RuntimeError):
+    """The model was closed. Data: none."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        return "this model was closed; load it again"
+
+
+class QueriesReset(ModelClosed):
+    """`reset_async_queries` dropped this request before it was computed. Data: none."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        return "this request was dropped by reset_async_queries before it was computed; ask again"
+
+
+class ForkedEngine(ModelClosed):
+    """A process forked from the one that loaded the model asked it. Data: parent pid, own pid."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        loaded, here = data
+        return f"the model was loaded in process {loaded} and cannot be used in its fork {here}; load it there"
+
+
+class SlowPathWarning(UserWarning):
+    """What was asked for is served correctly but more slowly than usual; the text says why."""
