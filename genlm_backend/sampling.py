@@ -1,0 +1,437 @@
+"""Draws from rows of log-probabilities, and temperature, top-k, top-p, min-p: pure functions, nothing global.
+
+Randomness is an argument: a 64-bit key. The key and a token's id alone decide the noise of that token (a counter-based
+generator: SplitMix64, read at any position without a state), so a row draws the same token alone or in a batch, in any
+order, on any device, in any thread; and a mask, or logits that are slightly off, change the draw only where they must.
+
+The law: `draw` returns token v with probability p_v ** (1 / temperature), normalised over the allowed tokens. This is
+the Gumbel-max trick: the token with the highest log-weight + Gumbel noise. Where SplitMix64 gives x in (0, 1), the
+noise is -log(-log(1 - x)). Of x near 0, the side on which improbable tokens win, 63 bits are kept, so tokens of
+probability 1e-12 are still drawn at the right rate to a relative 1e-6; a uniform number of 24 bits would stop at 1e-7.
+
+Rows that hold no possible token have no law: they come out as -1 from `draw`, -inf from `log_mass` and all -inf from
+the filters, so that one dead end does not fail a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from genlm_backend.errors import InvalidQuery
+
+Mask = torch.Tensor | npt.NDArray[np.bool_]
+Masks = Mask | Sequence[Mask | None] | None
+
+_COLDEST = 1e-30  # below, log-probabilities divided by it may overflow: there is no difference from 0 left
+_HOTTEST = 1e30  # above, likewise none from uniform
+_TOKENS_AT_ONCE = 1 << 24  # of the plain race, which holds several float64 arrays of this size (128 MiB each)
+
+
+def draw_key(seed: int, lineage: tuple[int, ...] = (), step: int = 0, site: str = "") -> int:
+    """The 64-bit key of one draw; different arguments give unrelated keys.
+
+    Args:
+        seed: Of the whole run; any integer.
+        lineage: The path of the particle: its index, then the index of each copy.
+        step: Its own count of draws.
+        site: Tells apart draws of one step that serve different purposes.
+
+    Returns:
+        0 to 2**64 - 1, the same in every process, version and machine: BLAKE2b of the arguments.
+
+    Raises:
+        TypeError: If a number is not an integer.
+    """
+    numbers = [format(operator.index(number), "x") for number in (seed, step, *lineage)]
+    # Unambiguous: hexadecimal numbers hold no comma or colon, and the site comes last.
+    text = ",".join(numbers) + ":" + site
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def fresh_seed() -> int:
+    """A seed from the operating system's entropy, 0 to 2**63 - 1, for callers that were given none."""
+    return int.from_bytes(os.urandom(8), "little") >> 1
+
+
+def prepare() -> None:
+    """Load what draws on the CPU now instead of at the first draw: 0.5 s, once on a machine 2.5 s to compile it."""
+    rows = torch.zeros(1, 2)
+    for masks in (None, [torch.ones(2, dtype=torch.bool)]):
+        draw(rows, [0], None, masks)
+        log_mass(rows, masks)
+
+
+def draw(
+    rows: torch.Tensor,
+    keys: Sequence[int],
+    temperatures: Sequence[float] | None = None,
+    masks: Masks = None,
+) -> torch.Tensor:
+    """One token per row, with probability p ** (1 / temperature) among the allowed, decided by the row and its key.
+
+    On the CPU one compiled call without the interpreter lock: 3 ms for 50 rows of 49,152. The first call of a process
+    imports numba (0.5 s), and the first on a machine compiles (2 s; the code is kept on disk where a folder can be
+    written, else each process compiles). On a GPU by `draw_plainly`.
+
+    Args:
+        rows: (n, vocab) float log-probabilities; a constant added to a row changes nothing. Read as float32.
+        keys: n integers, from `draw_key`; taken modulo 2**64.
+        temperatures: n finite numbers >= 0; 0 takes the most probable token, the lowest id among equals. None is all 1.
+        masks: (n, vocab) bool, or n masks of (vocab,) bool or None; True allows. One object given for several
+            rows is read once.
+
+    Returns:
+        (n,) int64 on the device of `rows`; -1 where no allowed token has probability, or one is NaN or +inf.
+
+    Raises:
+        InvalidQuery: If shapes or types do not fit, or a temperature is negative or not finite.
+    """
+    if rows.device.type == "cpu":
+        return _draw_compiled(rows, keys, temperatures, masks)
+    if rows.device.type == "mps":  # has no float64
+        return _draw_compiled(rows.cpu(), keys, temperatures, masks).to(rows.device)
+    return draw_plainly(rows, keys, temperatures, masks)
+
+
+def draw_plainly(
+    rows: torch.Tensor,
+    keys: Sequence[int],
+    temperatures: Sequence[float] | None = None,
+    masks: Masks = None,
+) -> torch.Tensor:
+    """`draw` in its plainest form, every token's score in float64 by torch: for GPUs, and the oracle of tests.
+
+    Its tokens are those of `draw`, save where the two best scores differ by less than a rounding error of the device's
+    float64 logarithm (one draw in 1e14).
+    """
+    asked = _checked(rows, keys, temperatures, masks)
+    n_at_once = max(1, _TOKENS_AT_ONCE // max(1, rows.shape[1]))
+    parts = [
+        _race(
+            _allowed_rows(rows, asked, i, i + n_at_once), keys[i : i + n_at_once], asked.temperatures[i : i + n_at_once]
+        )
+        for i in range(0, len(rows), n_at_once)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=rows.device)
+
+
+def gumbel_noise(keys: Sequence[int], n_tokens: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The noise that `draw` adds to the tempered log-probabilities of each token.
+
+    Args:
+        keys: n integers, taken modulo 2**64.
+        n_tokens: Noise is made for ids 0 to n_tokens - 1; that of an id does not depend on this number.
+        device: Any with float64.
+
+    Returns:
+        (n, n_tokens) float64, standard Gumbel.
+    """
+    z = torch.from_numpy(_wrapped(keys).view(np.int64)).to(device)[:, None]
+    z = z + torch.arange(1, n_tokens + 1, device=device) * _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    z = z ^ _shifted(z, 31)
+    x = ((_shifted(z, 1).double() + 0.5) * 2.0**-63).clamp_(max=1.0 - 2.0**-53)
+    return -torch.log(-torch.log1p(-x))
+
+
+def log_mass(rows: torch.Tensor, masks: Masks = None, temperatures: Sequence[float] | None = None) -> torch.Tensor:
+    """Log of the sum of p ** (1 / temperature) over the allowed tokens of each row; without a temperature, their mass.
+
+    The log-probability of a draw v is `rows[i, v] / temperature - log_mass`. The result of a row does not depend on the
+    batch. Accurate to 1e-6.
+
+    Args:
+        rows: (n, vocab) float log-probabilities. Read as float32.
+        masks: As in `draw`.
+        temperatures: As in `draw`; at 0 the result is the limit: -inf, unless the best log-probability is 0.
+
+    Returns:
+        (n,) float64 (float32 on MPS), nats, on the device of `rows`; -inf where nothing is allowed.
+
+    Raises:
+        InvalidQuery: As in `draw`.
+    """
+    if rows.device.type in ("cpu", "mps"):
+        log_masses = _log_mass_compiled(rows.cpu(), masks, temperatures)
+        return log_masses if rows.device.type == "cpu" else log_masses.float().to(rows.device)
+    asked = _checked(rows, None, temperatures, masks)
+    n_at_once = max(1, _TOKENS_AT_ONCE // max(1, rows.shape[1]))
+    parts = [
+        _log_mass_plainly(_allowed_rows(rows, asked, i, i + n_at_once), asked.temperatures[i : i + n_at_once])
+        for i in range(0, len(rows), n_at_once)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=rows.device)
+
+
+def with_temperature(logprobs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The rows of p ** (1 / temperature), renormalised; at 0 all mass is on the most probable token, lowest id first.
+
+    Args:
+        logprobs: (..., vocab) float; not changed.
+        temperature: Finite, >= 0.
+
+    Returns:
+        (..., vocab) float32, nats. A row of -inf stays so.
+
+    Raises:
+        InvalidQuery: If the temperature is negative or not finite.
+    """
+    exact, temperature = _exact(logprobs), float(_clamped(np.array([temperature], np.float64))[0])
+    if not exact.shape[-1]:
+        return exact.float()
+    if temperature == 0.0:
+        return _kept(exact, _is_first_of_equals(exact))
+    top = exact.amax(-1, keepdim=True)
+    return _renormalised((exact - torch.where(top.isinf(), 0.0, top)) / temperature)
+
+
+def keep_top_k(logprobs: torch.Tensor, k: int) -> torch.Tensor:
+    """The rows with only their `k` most probable tokens, renormalised; of equals at the border, the lowest ids.
+
+    Args:
+        logprobs: (..., vocab) float; not changed.
+        k: 1 or more; from the size of the vocabulary on, everything is kept.
+
+    Returns:
+        (..., vocab) float32, nats, -inf elsewhere; fewer than `k` are left where fewer were possible.
+
+    Raises:
+        InvalidQuery: If `k` is below 1.
+    """
+    if k < 1:
+        raise InvalidQuery(f"keep_top_k was given k={k!r}; expected 1 or more")
+    exact = _exact(logprobs)
+    if k >= exact.shape[-1]:
+        return _renormalised(exact)
+    border = exact.topk(k, dim=-1).values[..., -1:]
+    n_above = (exact > border).sum(-1, keepdim=True)
+    is_at_border = exact == border
+    return _kept(exact, (exact > border) | (is_at_border & (is_at_border.cumsum(-1) <= k - n_above)))
+
+
+def keep_top_p(logprobs: torch.Tensor, p: float) -> torch.Tensor:
+    """The rows with only the fewest most probable tokens whose mass reaches `p`, renormalised; of equals, lowest ids.
+
+    At least one token is kept, and the one that crosses `p` is.
+
+    Args:
+        logprobs: (..., vocab) float; not changed, and normalised before masses are compared.
+        p: Above 0, at most 1; 1 keeps everything.
+
+    Returns:
+        (..., vocab) float32, nats, -inf elsewhere.
+
+    Raises:
+        InvalidQuery: If `p` is not in (0, 1].
+
+    Source: Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1.
+    """
+    if not 0.0 < p <= 1.0:
+        raise InvalidQuery(f"keep_top_p was given p={p!r}; expected above 0 and at most 1")
+    exact = _exact(logprobs)
+    if p == 1.0:
+        return _renormalised(exact)
+    ordered, token_ids = exact.sort(dim=-1, descending=True, stable=True)
+    masses = _normalised(ordered).exp()
+    is_kept = masses.cumsum(-1) - masses < p
+    return _kept(exact, torch.zeros_like(is_kept).scatter_(-1, token_ids, is_kept))
+
+
+def keep_min_p(logprobs: torch.Tensor, min_p: float) -> torch.Tensor:
+    """The rows with only the tokens at least `min_p` times as probable as the best one, renormalised.
+
+    Args:
+        logprobs: (..., vocab) float; not changed.
+        min_p: 0 to 1; 0 keeps everything, 1 the most probable token and its equals.
+
+    Returns:
+        (..., vocab) float32, nats, -inf elsewhere.
+
+    Raises:
+        InvalidQuery: If `min_p` is not in [0, 1].
+
+    Source: Nguyen et al. 2024, "Turning up the heat: min-p sampling", section 3.
+    """
+    if not 0.0 <= min_p <= 1.0:
+        raise InvalidQuery(f"keep_min_p was given min_p={min_p!r}; expected 0 to 1")
+    exact = _exact(logprobs)
+    if min_p == 0.0 or not exact.shape[-1]:
+        return _renormalised(exact)
+    return _kept(exact, exact >= exact.amax(-1, keepdim=True) + math.log(min_p))
+
+
+class _Asked(NamedTuple):
+    """Checked arguments. `masks` is (k, vocab) bool, each mask once; row i is under mask `mask_of_row[i]`, -1: none."""
+
+    temperatures: npt.NDArray[np.float64]
+    masks: torch.Tensor
+    mask_of_row: npt.NDArray[np.int64]
+
+
+def _draw_compiled(
+    rows: torch.Tensor, keys: Sequence[int], temperatures: Sequence[float] | None, masks: Masks
+) -> torch.Tensor:
+    from genlm_backend import race
+
+    asked = _checked(rows, keys, temperatures, masks)
+    flat, stride = _flat(rows)
+    token_ids = race.draw_rows(
+        flat, stride, rows.shape[1], _wrapped(keys), asked.temperatures, asked.masks.numpy(), asked.mask_of_row
+    )
+    return torch.from_numpy(token_ids)
+
+
+def _log_mass_compiled(rows: torch.Tensor, masks: Masks, temperatures: Sequence[float] | None) -> torch.Tensor:
+    from genlm_backend import race
+
+    asked = _checked(rows, None, temperatures, masks)
+    flat, stride = _flat(rows)
+    log_masses = race.log_mass_rows(
+        flat, stride, rows.shape[1], asked.temperatures, asked.masks.numpy(), asked.mask_of_row
+    )
+    return torch.from_numpy(log_masses)
+
+
+def _race(rows: torch.Tensor, keys: Sequence[int], temperatures: npt.NDArray[np.float64]) -> torch.Tensor:
+    if not rows.shape[1]:
+        return torch.full((len(rows),), -1, device=rows.device)
+    divisors = torch.from_numpy(temperatures).to(rows.device)[:, None]
+    top = rows.amax(1, keepdim=True)
+    weights = (rows.double() - top.double()) / torch.where(divisors == 0, 1.0, divisors)
+    noise = gumbel_noise(keys, rows.shape[1], rows.device)
+    scores = torch.where(divisors == 0, weights, weights + noise)
+    return torch.where(top.isfinite()[:, 0], scores.argmax(1), -1)
+
+
+def _log_mass_plainly(rows: torch.Tensor, temperatures: npt.NDArray[np.float64]) -> torch.Tensor:
+    if not rows.shape[1]:
+        return torch.full((len(rows),), -math.inf, dtype=torch.float64, device=rows.device)
+    divisors = torch.from_numpy(temperatures).to(rows.device)
+    top = rows.amax(1).double()
+    limits = torch.where(top == 0, top, torch.copysign(torch.full_like(top, math.inf), top))
+    log_masses = (rows.double() / torch.where(divisors == 0, 1.0, divisors)[:, None]).logsumexp(1)
+    return torch.where((divisors == 0) & ~top.isnan(), limits, log_masses)
+
+
+def _allowed_rows(rows: torch.Tensor, asked: _Asked, start: int, stop: int) -> torch.Tensor:
+    """Rows `start` to `stop` as float32, -inf where their masks do not allow."""
+    some = rows[start:stop].detach().float()
+    mask_of_row = asked.mask_of_row[start:stop]
+    if (mask_of_row < 0).all():
+        return some
+    of_row = torch.from_numpy(mask_of_row).to(rows.device)
+    is_allowed = asked.masks[of_row.clamp(min=0)] | (of_row < 0)[:, None]
+    return some.masked_fill(~is_allowed, -math.inf)
+
+
+def _checked(
+    rows: torch.Tensor, keys: Sequence[int] | None, temperatures: Sequence[float] | None, masks: Masks
+) -> _Asked:
+    if rows.ndim != 2 or not rows.is_floating_point():
+        raise InvalidQuery(f"rows are {rows.dtype} of shape {tuple(rows.shape)}; expected float of shape (n, vocab)")
+    n_rows = len(rows)
+    if keys is not None and len(keys) != n_rows:
+        raise InvalidQuery(f"there are {len(keys)} keys for {n_rows} rows; expected one key each")
+    divisors = np.ones(n_rows) if temperatures is None else np.array(temperatures, np.float64)
+    if divisors.shape != (n_rows,):
+        raise InvalidQuery(f"temperatures have shape {divisors.shape}; expected one for each of {n_rows} rows")
+    return _Asked(_clamped(divisors), *_mask_table(rows, masks))
+
+
+def _clamped(temperatures: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    is_bad = ~(np.isfinite(temperatures) & (temperatures >= 0))
+    if is_bad.any():
+        raise InvalidQuery(f"a temperature is {temperatures[is_bad][0]}; expected a finite number >= 0")
+    return np.where(temperatures < _COLDEST, 0.0, np.minimum(temperatures, _HOTTEST))
+
+
+def _mask_table(rows: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+    """Each different mask once, and the index of each row's; masks that are one object count as one."""
+    n_rows, n_tokens = rows.shape
+    if masks is None:
+        return torch.empty(0, n_tokens, dtype=torch.bool, device=rows.device), np.full(n_rows, -1)
+    if isinstance(masks, torch.Tensor | np.ndarray):
+        table = _as_tensor(masks)
+        _check_mask(table, (n_rows, n_tokens))
+        return table.to(rows.device).contiguous(), np.arange(n_rows)
+    if len(masks) != n_rows:
+        raise InvalidQuery(f"there are {len(masks)} masks for {n_rows} rows; expected one mask or None each")
+    different = {id(mask): _as_tensor(mask) for mask in masks if mask is not None}
+    for mask in different.values():
+        _check_mask(mask, (n_tokens,))
+    index = {identity: i for i, identity in enumerate(different)}
+    mask_of_row = np.array([-1 if mask is None else index[id(mask)] for mask in masks], np.int64)
+    if not different:
+        return torch.empty(0, n_tokens, dtype=torch.bool, device=rows.device), mask_of_row
+    return torch.stack([mask.to(rows.device) for mask in different.values()]), mask_of_row
+
+
+def _as_tensor(mask: Mask) -> torch.Tensor:
+    if isinstance(mask, np.ndarray) and not mask.flags.writeable:  # torch warns of sharing read-only memory
+        mask = mask.copy()
+    return torch.as_tensor(mask)
+
+
+def _check_mask(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise InvalidQuery(f"a mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool of shape {shape}")
+
+
+def _flat(rows: torch.Tensor) -> tuple[npt.NDArray[np.float32], int]:
+    """The memory of the rows as one array, and the distance of their starts; no copy of rows cut out of wider ones."""
+    rows = rows.detach().to(torch.float32)
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    n_rows, n_tokens = rows.shape
+    if not n_rows or not n_tokens:
+        return np.empty(0, np.float32), 0
+    stride = rows.stride(0)
+    return rows.as_strided(((n_rows - 1) * stride + n_tokens,), (1,)).numpy(), stride
+
+
+def _wrapped(keys: Sequence[int]) -> npt.NDArray[np.uint64]:
+    return np.array([int(key) & 0xFFFFFFFFFFFFFFFF for key in keys], np.uint64)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of this 64-bit word: torch multiplies int64 modulo 2**64, as it should."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(z: torch.Tensor, n_bits: int) -> torch.Tensor:
+    """Logical shift to the right; that of int64 would fill with the sign."""
+    return (z >> n_bits) & ((1 << (64 - n_bits)) - 1)
+
+
+def _exact(logprobs: torch.Tensor) -> torch.Tensor:
+    if not logprobs.is_floating_point() or not logprobs.ndim:
+        shape = tuple(logprobs.shape)
+        raise InvalidQuery(f"log-probabilities are {logprobs.dtype} of shape {shape}; expected float of (..., vocab)")
+    return logprobs.to(torch.float32 if logprobs.device.type == "mps" else torch.float64)
+
+
+def _is_first_of_equals(exact: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(exact, dtype=torch.bool).scatter_(-1, exact.argmax(-1, keepdim=True), True)
+
+
+def _kept(exact: torch.Tensor, is_kept: torch.Tensor) -> torch.Tensor:
+    return _renormalised(exact.masked_fill(~is_kept, -math.inf))
+
+
+def _renormalised(exact: torch.Tensor) -> torch.Tensor:
+    return _normalised(exact).float()
+
+
+def _normalised(exact: torch.Tensor) -> torch.Tensor:
+    total = exact.logsumexp(-1, keepdim=True)
+    return exact - torch.where(total == -math.inf, 0.0, total)
