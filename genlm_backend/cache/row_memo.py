@@ -1,0 +1,86 @@
+"""Recently served rows, bounded in bytes: one block per batch, forgotten least recently used first."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Block(NamedTuple):
+    """The rows of one batch: (batch, vocab) float32 nats, and (batch,) log-normalisers as Python floats."""
+
+    logprobs: torch.Tensor
+    log_normalizers: list[float]
+
+
+class _Held(NamedTuple):
+    block: Block
+    keys: list[Hashable]
+    n_bytes: int
+
+
+class RowMemo:
+    """Rows by key. Rows stay in the tensor they were computed in, so keeping a batch copies nothing.
+
+    Safe to use from several threads. Whoever gets a row from here must not change it.
+
+    Args:
+        budget_bytes: Most bytes of rows to keep; 0 keeps none.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.n_bytes = 0
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[int, _Held] = OrderedDict()
+        self._where: dict[Hashable, tuple[int, int]] = {}
+        self._next_id = 0
+
+    def get(self, key: Hashable) -> Block | None:
+        """The row of a key as a block of one, or None."""
+        with self._lock:
+            where = self._where.get(key)
+            if where is None:
+                return None
+            block_id, row = where
+            self._blocks.move_to_end(block_id)
+            logprobs, log_normalizers = self._blocks[block_id].block
+            return Block(logprobs[row : row + 1], [log_normalizers[row]])
+
+    def put(self, keys: Sequence[Hashable], rows: Sequence[int], block: Block) -> None:
+        """Keep a block; `keys[i]` names its row `rows[i]`. A block larger than the budget is not kept."""
+        n_bytes = block.logprobs.numel() * block.logprobs.element_size()
+        if n_bytes > self.budget_bytes or not keys:
+            return
+        with self._lock:
+            while self.n_bytes + n_bytes > self.budget_bytes:
+                self._forget_oldest()
+            block_id = self._next_id
+            self._next_id += 1
+            self._blocks[block_id] = _Held(block, list(keys), n_bytes)
+            self.n_bytes += n_bytes
+            for key, row in zip(keys, rows, strict=True):
+                self._where[key] = (block_id, row)
+
+    def clear(self) -> None:
+        """Forget every row."""
+        with self._lock:
+            self._blocks.clear()
+            self._where.clear()
+            self.n_bytes = 0
+
+    def __len__(self) -> int:
+        """Number of keys known."""
+        with self._lock:
+            return len(self._where)
+
+    def _forget_oldest(self) -> None:
+        block_id, held = self._blocks.popitem(last=False)
+        self.n_bytes -= held.n_bytes
+        for key in held.keys:
+            if self._where.get(key, (None,))[0] == block_id:
+                del self._where[key]
