@@ -1,0 +1,115 @@
+"""Read a model or a tokenizer by name with transformers, refusing what could run code unless asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from genlm_backend.errors import (
+    BackendUnavailable,
+    ModelNotFound,
+    RemoteCodeRefused,
+    UnsafeWeights,
+    UnsupportedModel,
+)
+from genlm_backend.llm.demo_model import resolve_model
+
+T = TypeVar("T")
+REMEDY = "pass a Hugging Face id, a local folder, a .gguf path, or 'smollm2', the demo model"
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer of a model: 'smollm2', a `.gguf` path, a local folder or a Hugging Face id.
+
+    Args:
+        name: The model's name.
+        options: For `AutoTokenizer.from_pretrained`; `trust_remote_code` is False unless given.
+
+    Raises:
+        ModelNotFound: There is none by this name.
+        RemoteCodeRefused: It brings code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    where = resolve_model(name)
+    options.setdefault("trust_remote_code", False)
+    return _named(name, lambda: AutoTokenizer.from_pretrained(where, **options))
+
+
+def load_model(name: str, device: str | None, options: dict[str, Any]) -> Any:
+    """A causal language model in evaluation mode.
+
+    Args:
+        name: As in `load_tokenizer`.
+        device: "cpu", "cuda", "cuda:1", "mps"; None takes the best there is, unless `options` has a device_map.
+        options: For `AutoModelForCausalLM.from_pretrained`; `dtype` is the checkpoint's own unless given.
+
+    Raises:
+        ModelNotFound, RemoteCodeRefused: As in `load_tokenizer`.
+        UnsafeWeights: Only pickled weights are there.
+        UnsupportedModel: transformers knows no causal language model of this kind.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = resolve_model(name)
+    options = {"use_safetensors": True, "trust_remote_code": False} | options
+    options["dtype"] = options.pop("torch_dtype", None) or options.get("dtype", "auto")
+    if options["use_safetensors"] and isinstance(where, Path) and _has_only_pickles(where):
+        raise UnsafeWeights(name)
+    names = ("trust_remote_code", "revision", "token", "subfolder", "cache_dir", "local_files_only")
+    of_config = {key: options[key] for key in names if key in options}
+    config = _named(name, lambda: AutoConfig.from_pretrained(where, **of_config))
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"{name!r} is an encoder-decoder model ({config.model_type})", "use a decoder-only (causal) language model"
+        )
+    if "device_map" in options:
+        _need_accelerate()
+    model: Any = _named(name, lambda: AutoModelForCausalLM.from_pretrained(where, **options))
+    if "device_map" not in options:
+        model.to(torch.device(device or best_device()))
+    return model.eval()
+
+
+def best_device() -> str:
+    """ "cuda" where there is a GPU, else "mps" on Apple hardware, else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _named(name: str, load: Callable[[], T]) -> T:
+    """What `load` returns; what transformers raises, by cause."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return load()
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise RemoteCodeRefused(name) from error
+        if "safetensors" in text and "in directory" not in text and isinstance(error, OSError):
+            raise UnsafeWeights(name) from error  # a local directory of pickles was refused before
+        if isinstance(error, OSError):
+            raise ModelNotFound(name, f"{REMEDY} ({text.splitlines()[0][:200]})") from error
+        if isinstance(error, ValueError | StrictDataclassError):
+            raise UnsupportedModel(
+                f"transformers cannot load {name!r}: {text.splitlines()[0][:300]}", REMEDY
+            ) from error
+        raise BackendUnavailable(
+            f"a package that {name!r} needs ({text.splitlines()[0][:200]})", "see above"
+        ) from error
+
+
+def _has_only_pickles(folder: Path) -> bool:
+    return not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin"))
+
+
+def _need_accelerate() -> None:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable("accelerate, which device_map needs,", "pip install accelerate") from error

@@ -1,0 +1,226 @@
+"""What a program can ask about a context instead of a whole row; answered for a whole batch at once.
+
+`await llm.query(token_ids, q)`: a drawn token, the k most probable tokens, chosen tokens, the mass of a mask. Only the
+answer leaves the device, and no row is copied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from genlm_backend import sampling
+from genlm_backend.cache.row_memo import Block
+from genlm_backend.errors import EmptyPrompt, InvalidQuery, NoTokenAllowed, TokenIdError
+from genlm_backend.llm.contexts import checked_ids
+from genlm_backend.trie import NextBytes, NextByteTokens
+
+Mask = torch.Tensor | npt.NDArray[np.bool_]
+
+
+class Row(NamedTuple):
+    """The whole row: `(vocab,)` float32, nats; the caller's own."""
+
+
+class Draw(NamedTuple):
+    """One token drawn with noise that depends on `key` and the token only, never on the batch.
+
+    Attributes:
+        key: From `sampling.draw_key`.
+        temperature: Divides the log-probabilities; 0 takes the most probable token.
+        mask: `(vocab,)` bool, the tokens that may be drawn; None allows all.
+    """
+
+    key: int
+    temperature: float = 1.0
+    mask: Mask | None = None
+
+
+class Drawn(NamedTuple):
+    """Answer to `Draw`. The importance weight of the draw is `logprob - log_q`.
+
+    Attributes:
+        token_id: The drawn token.
+        logprob: Its log-probability under the model, nats.
+        log_q: Its log-probability under what it was drawn from (masked, tempered, renormalised), nats.
+    """
+
+    token_id: int
+    logprob: float
+    log_q: float
+
+
+class TopK(NamedTuple):
+    """The `k` most probable tokens."""
+
+    k: int
+
+
+class TopTokens(NamedTuple):
+    """Answer to `TopK`, most probable first: `(k,)` int64 and `(k,)` float32 nats."""
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of chosen tokens: `(n,)` float32 nats."""
+
+    token_ids: Sequence[int]
+
+
+class MaskMass(NamedTuple):
+    """Log of the total probability of the tokens of a `(vocab,)` bool mask; a float, -inf if there is none."""
+
+    mask: Mask
+
+
+class LogNormalizer(NamedTuple):
+    """What log-softmax took off: log-probability + this = the model's own logit; a float, nats."""
+
+
+class ByteMarginal(NamedTuple):
+    """The log-mass of each next byte, under the tokens that continue a prefix; the answer is a `NextBytes`.
+
+    Attributes:
+        tokens: `genlm_backend.trie.NextByteTokens` of this vocabulary; make it once and use it for many queries.
+    """
+
+    tokens: NextByteTokens
+
+
+Query = Row | Draw | TopK | Logprobs | MaskMass | LogNormalizer | ByteMarginal
+
+
+def check_query(query: object, n_vocab: int) -> Query:
+    """The query in the form in which it can join a batch: its mask and ids copied, so that later changes do not matter.
+
+    Raises:
+        InvalidQuery: If it does not fit rows of `n_vocab` tokens.
+    """
+    match query:
+        case Row() | LogNormalizer():
+            return query
+        case Draw(key, temperature, mask):
+            if isinstance(key, bool) or not isinstance(key, int | np.integer):
+                raise InvalidQuery(f"the key of Draw is {key!r}; expected an integer from sampling.draw_key(...)")
+            if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
+                raise InvalidQuery(f"the temperature of Draw is {temperature!r}; expected a finite number >= 0")
+            return Draw(int(key), float(temperature), None if mask is None else _checked_mask(mask, n_vocab))
+        case TopK(k):
+            if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n_vocab:
+                raise InvalidQuery(f"the k of TopK is {k!r}; expected 1 to {n_vocab}")
+            return query
+        case Logprobs(token_ids):
+            try:
+                return Logprobs(checked_ids(token_ids, n_vocab, None))
+            except EmptyPrompt:
+                return Logprobs(())
+            except TokenIdError as error:
+                raise InvalidQuery(f"Logprobs: {error}") from error
+        case MaskMass(mask):
+            return MaskMass(_checked_mask(mask, n_vocab))
+        case ByteMarginal(tokens):
+            if not isinstance(tokens, NextByteTokens) or tokens.n_tokens != n_vocab:
+                raise InvalidQuery(
+                    f"ByteMarginal wants NextByteTokens of a trie over the {n_vocab} tokens of this model"
+                )
+            return query
+    raise InvalidQuery(
+        f"{query!r} is no query; expected Row(), Draw(key), TopK(k), Logprobs(token_ids), MaskMass(mask), "
+        "LogNormalizer() or ByteMarginal(tokens)"
+    )
+
+
+def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
+    """Answers, or exceptions for one asker each, to queries about rows of a block.
+
+    Args:
+        block: `(batch, vocab)` rows; not changed.
+        asked: (row, query) pairs; each row is finite.
+    """
+    answers: list[Any] = [None] * len(asked)
+    draws = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, Draw)]
+    masses = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, MaskMass)]
+    if draws:
+        rows = _rows(block, [row for _, row, _ in draws])
+        drawn = _draw(rows, [query for _, _, query in draws])
+        for (i, _, _), outcome in zip(draws, drawn, strict=True):
+            answers[i] = outcome
+    if masses:
+        masks = [query.mask for _, _, query in masses]
+        log_masses = sampling.log_mass(_rows(block, [row for _, row, _ in masses]), masks).tolist()
+        for (i, _, _), log_mass in zip(masses, log_masses, strict=True):
+            answers[i] = min(log_mass, 0.0)
+    for i, next_bytes in _byte_marginals(block, asked):
+        answers[i] = next_bytes
+    for i, (row, query) in enumerate(asked):
+        match query:
+            case Row():
+                answers[i] = block.logprobs[row].clone()
+            case LogNormalizer():
+                answers[i] = block.log_normalizers[row]
+            case TopK(k):
+                top = block.logprobs[row].topk(k)
+                answers[i] = TopTokens(top.indices, top.values)
+            case Logprobs(token_ids):
+                chosen = torch.tensor(token_ids, dtype=torch.int64, device=block.logprobs.device)
+                answers[i] = block.logprobs[row, chosen]
+    return answers
+
+
+def _byte_marginals(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple[int, NextBytes]]:
+    """Place and answer of each `ByteMarginal`; those of one prefix are computed together."""
+    by_prefix: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    of_prefix: dict[int, NextByteTokens] = {}
+    for i, (row, query) in enumerate(asked):
+        if isinstance(query, ByteMarginal):
+            by_prefix[id(query.tokens)].append((i, row))
+            of_prefix[id(query.tokens)] = query.tokens
+    for name, members in by_prefix.items():
+        together = of_prefix[name].log_masses(_rows(block, [row for _, row in members]))
+        for at, (i, _) in enumerate(members):
+            yield i, NextBytes(together.log_masses[at].clone(), together.log_ends[at], together.log_no_text[at])
+
+
+def _draw(rows: torch.Tensor, queries: list[Draw]) -> list[Drawn | NoTokenAllowed]:
+    temperatures = [query.temperature for query in queries]
+    masks = [query.mask for query in queries] if any(query.mask is not None for query in queries) else None
+    tokens = sampling.draw(rows, [query.key for query in queries], temperatures, masks)
+    logprobs = rows.gather(1, tokens.clamp(min=0)[:, None])[:, 0].tolist()
+    is_plain = [query.mask is None and query.temperature == 1 for query in queries]
+    log_totals = [0.0] * len(queries)
+    if not all(is_plain):  # log of the sum of p ** (1 / temperature) over what may be drawn
+        log_masses = sampling.log_mass(rows, masks, temperatures).tolist()
+        log_totals = [0.0 if plain else log_mass for plain, log_mass in zip(is_plain, log_masses, strict=True)]
+    drawn: list[Drawn | NoTokenAllowed] = []
+    for query, token, logprob, log_total in zip(queries, tokens.tolist(), logprobs, log_totals, strict=True):
+        if token < 0:
+            drawn.append(NoTokenAllowed(0 if query.mask is None else int(query.mask.sum())))
+        else:
+            log_q = 0.0 if query.temperature < 1e-30 else min(logprob / query.temperature - log_total, 0.0)
+            drawn.append(Drawn(token, logprob, log_q))
+    return drawn
+
+
+def _rows(block: Block, rows: list[int]) -> torch.Tensor:
+    """Those rows in that order, without a copy when it is the whole block."""
+    return block.logprobs if rows == list(range(len(block.logprobs))) else block.logprobs[rows]
+
+
+def _checked_mask(mask: Mask, n_vocab: int) -> torch.Tensor:
+    try:
+        copied = torch.as_tensor(mask.copy() if isinstance(mask, np.ndarray) else mask).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidQuery(f"a mask is a {type(mask).__name__}; expected a bool array of {n_vocab} tokens") from error
+    if copied.dtype != torch.bool or copied.shape != (n_vocab,):
+        raise InvalidQuery(
+            f"a mask is {copied.dtype} of shape {tuple(copied.shape)}; expected bool of shape ({n_vocab},)"
+        )
+    return copied
