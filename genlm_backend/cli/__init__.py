@@ -1,0 +1,54 @@
+"""The command `genlm-backend`: one file per subcommand; here what they share, how errors are told and how it ends.
+
+Exit codes: 0 done, 2 a wrong argument or an error of this package (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from genlm_backend import __version__
+from genlm_backend.cli import sis, trie
+from genlm_backend.errors import GenlmError
+
+app = typer.Typer(
+    help="Probabilistic programs over language models: coroutines await log-probabilities, the backend batches them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("sis")(sis.command)
+app.command("trie")(trie.command)
+
+
+def main() -> None:
+    """The console script: runs a subcommand and ends the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a model writes what a terminal may not be able to show
+    try:
+        app()
+    except GenlmError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"genlm-backend {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Options of the command itself; its help is the application's."""
