@@ -11,7 +11,7 @@ from genlm_backend.llm.hf.linear import PackedLinear
 def replica(model: Any, attention: str | None = None) -> Any:
     """A model of new module objects over the same parameters, in evaluation mode.
 
-    Buffers that are saved with the weights are shared too. The others, such as the frequencies of rotary embeddings, are
+    Buffers that are saved with the weights are shared too. The others, such as frequencies of rotary embeddings, are
     copied: they are small, and some models write into them at each call (transformers since 5.23, for longrope).
 
     Args:

@@ -97,7 +97,7 @@ def test_a_model_is_the_same_before_during_and_after(
 async def test_serving_writes_into_no_tensor_of_the_owner(
     name: str, changes: dict[str, Any], wrap: Callable[..., AsyncTransformer]
 ) -> None:
-    """Transformers 5.23 updates longrope's frequencies in place, and a thread of the owner may be in the middle of them."""
+    """Transformers 5.23 updates longrope's frequencies in place, perhaps amid a call of the owner."""
     model = fresh(name, **changes)
     tensors = [*model.parameters(), *model.buffers()]
     versions = [tensor._version for tensor in tensors]
