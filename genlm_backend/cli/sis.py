@@ -13,7 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -24,6 +24,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from genlm_backend.cli.loading import load
 from genlm_backend.errors import NoTokenAllowed
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
@@ -110,7 +111,7 @@ def command(
         raise typer.BadParameter("a proposal needs a temperature above 0", param_hint="--temperature")
     settings = Settings(prompt, particles, max_tokens, seed, temperature)
     progress = Console(stderr=True)
-    llm = _load(model, backend, progress)
+    llm = load(model, backend, progress)
     asyncio.run(_run_and_report(llm, settings, model, progress))
 
 
@@ -221,21 +222,6 @@ def written(llm: AsyncLM, token_ids: Sequence[int], ends: frozenset[int]) -> str
     return shown + (" <end>" if token_ids and token_ids[-1] in ends else "")
 
 
-def _load(model: str, backend: str | None, progress: Console) -> AsyncLM:
-    with _status(progress, f"loading {model}") as tell:
-        from genlm_backend import sampling
-        from genlm_backend.llm import load_model_by_name
-        from genlm_backend.llm.demo_model import no_progress_bars, resolve_model
-
-        path = resolve_model(model, tell)
-        tell(f"loading {model}")
-        # A folder is read in seconds; the bar of a download from Hugging Face is worth seeing.
-        with nullcontext() if isinstance(path, str) else no_progress_bars():
-            llm = load_model_by_name(str(path), backend=backend)
-        sampling.prepare()
-        return llm
-
-
 async def _run_and_report(llm: AsyncLM, settings: Settings, model: str, progress: Console) -> None:
     async with llm:
         ends = end_tokens(llm)
@@ -285,24 +271,6 @@ def _report(found: list[Continuation], lines: list[str], settings: Settings, mod
         console.print(table)
     for line in lines:
         console.print(Text(line), soft_wrap=not console.is_terminal)
-
-
-@contextmanager
-def _status(console: Console, first: str) -> Iterator[Callable[[str], None]]:
-    """Tells what is being done: a spinner in a terminal, a line each elsewhere."""
-    if not console.is_terminal:
-        said: set[str] = set()
-
-        def say(text: str) -> None:
-            if text not in said:
-                said.add(text)
-                console.print(Text(f"{text} ..."))
-
-        say(first)
-        yield say
-        return
-    with console.status(Text(f"{first} ...")) as status:
-        yield lambda text: status.update(Text(f"{text} ..."))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genlm_backend.cli.sis import _load as load_with_progress
+from genlm_backend.cli.loading import load
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from collections.abc import Sequence
@@ -72,7 +72,7 @@ def command(
     Each is the sum over all tokens that go on so, given the tokens of the prompt as its tokenizer splits it.
     """
     progress = Console(stderr=True)
-    llm = load_with_progress(model, backend, progress)
+    llm = load(model, backend, progress)
 
     async def ask() -> torch.Tensor:
         async with llm:

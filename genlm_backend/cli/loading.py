@@ -1,0 +1,51 @@
+"""Loading a model for a command, and telling what is being done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
+    from genlm_backend.llm import AsyncLM
+
+
+def load(model: str, backend: str | None, progress: Console) -> AsyncLM:
+    """A model by name, with what it takes to draw from it; says on `progress` what it does.
+
+    Raises:
+        GenlmError: See `load_model_by_name`.
+    """
+    with status(progress, f"loading {model}") as tell:
+        from genlm_backend import sampling
+        from genlm_backend.llm import load_model_by_name
+        from genlm_backend.llm.demo_model import no_progress_bars, resolve_model
+
+        path = resolve_model(model, tell)
+        tell(f"loading {model}")
+        # A folder is read in seconds; the bar of a download from Hugging Face is worth seeing.
+        with nullcontext() if isinstance(path, str) else no_progress_bars():
+            llm = load_model_by_name(str(path), backend=backend)
+        sampling.prepare()
+        return llm
+
+
+@contextmanager
+def status(console: Console, first: str) -> Iterator[Callable[[str], None]]:
+    """Tells what is being done: a spinner in a terminal, a line each elsewhere."""
+    if not console.is_terminal:
+        said: set[str] = set()
+
+        def say(text: str) -> None:
+            if text not in said:
+                said.add(text)
+                console.print(Text(f"{text} ..."))
+
+        say(first)
+        yield say
+        return
+    with console.status(Text(f"{first} ...")) as spinner:
+        yield lambda text: spinner.update(Text(f"{text} ..."))
