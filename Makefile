@@ -17,13 +17,13 @@ ARGS ?= --particles 10 --max-tokens 10 --seed 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo check test test-all ecosystem bench figures docs clean distclean lint test-slow test-latest
+.PHONY: help demo check test test-all ecosystem bench figures docs clean distclean lint test-slow test-latest ecosystem-own
 
 help:  ## this list
 	@echo "make demo       ten particles continue \"$(PROMPT)\" on a real language model"
 	@echo "make check      format, lint, types, layers and fast tests; under two minutes"
 	@echo "make test       check, the tests on the real model, and the strict build of the documentation"
-	@echo "make test-all   the slow tests, and all tests with the newest transformers in $(LATEST)"
+	@echo "make test-all   the slow tests, all tests with the newest transformers in $(LATEST), genlm-control's own tests"
 	@echo "make ecosystem  the first programs of genlm-control, genlm-bytes and llamppl, on this backend"
 	@echo "make bench      the benchmark, side by side with its peers, each in its own environment"
 	@echo "make figures    the figures of the documentation, from the benchmark's results"
@@ -48,7 +48,7 @@ test: lint $(VENV)/.stamp-demo $(VENV)/.stamp-tokenizers
 	$(MAKE) docs
 	$(MAKE) ecosystem
 
-test-all: test-slow test-latest
+test-all: test-slow test-latest ecosystem-own
 
 test-slow: $(VENV)/.stamp-demo $(VENV)/.stamp-tokenizers
 	$(call convert,$(BIN))
@@ -64,6 +64,9 @@ test-latest: $(LATEST)/.stamp-demo
 # Other people's packages warn as they like.
 ecosystem: $(ECOSYSTEM)/.stamp
 	$(OFFLINE) $(ECOSYSTEM)/bin/python -m pytest tests/ecosystem -q -W ignore --noconftest
+
+ecosystem-own: $(ECOSYSTEM)/.stamp
+	$(ECOSYSTEM)/bin/python tests/ecosystem/control_own_tests.py
 
 bench: $(VENV)/.stamp-demo
 	$(BIN)/python -m benchmark.engines
