@@ -12,6 +12,7 @@ import os
 import random
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -267,7 +268,10 @@ def _explained(model: str, error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """vLLM tells hundreds of lines while it starts, on standard output; only warnings are let through."""
+    """vLLM tells hundreds of lines while it starts, on standard output; only errors are let through.
+
+    What its imports warn of (deprecated names of torch) is for its authors.
+    """
     if "VLLM_LOGGING_LEVEL" in os.environ:
         yield
         return
@@ -276,7 +280,10 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning, UserWarning, ImportWarning):
+                warnings.simplefilter("ignore", category)
+            yield
     finally:
         del os.environ["VLLM_LOGGING_LEVEL"]
         logger.setLevel(level or logging.WARNING)

@@ -140,6 +140,13 @@ class VirtualEngine(Engine):
             self._make_transport = transport
             self.transport = transport(self.core)
 
+    def end_sessions(self) -> None:
+        """End all sessions; what they computed stays in vLLM's prefix cache, in whole blocks."""
+        with self._lock:
+            names = self._ledger.names()
+            self._ledger.clear()
+            self.core.finish(names)
+
     def remember_health(self) -> None:
         """Keep one row that a repaired core must be able to compute again."""
         self._healthy_row = self.uncached([self._probe()])
@@ -154,7 +161,7 @@ class VirtualEngine(Engine):
                 wave = next_wave(self._ledger, pending)
             else:  # vLLM itself lets requests of one step share the blocks of a prompt
                 wave = [Target(context, None, 0, is_extension=False) for context in pending]
-            self._compute(self._admitted(wave), rows)
+            self._compute(self.transport, self._submit(self._admitted(wave)), rows)
             pending = [context for context in pending if context not in rows]
         return rows.in_order(contexts)
 
@@ -199,17 +206,16 @@ class VirtualEngine(Engine):
                 return target
         return target._replace(is_extension=False) if self.transport.can_fork else _anew(target)
 
-    def _compute(self, wave: Sequence[Target], rows: _Rows) -> None:
-        """Submit a wave and step until each of its requests has its row."""
-        waiting = self._submit(wave)
+    def _compute(self, transport: Transport, waiting: dict[str, Target], rows: _Rows) -> None:
+        """Step until each of these requests has its row."""
         n_idle = 0
         while waiting:
-            self.transport.flush()
+            transport.flush()
             step = self.core.step()
             if step.preempted:
                 self._drop_preempted(step.preempted, waiting)
             captured = self.core.captured
-            done = self.transport.completed(waiting, step)
+            done = transport.completed(waiting, step)
             if done:
                 assert captured.logits is not None
                 contexts = [waiting.pop(name).context for name in done]
@@ -335,18 +341,10 @@ class VirtualEngine(Engine):
 
     def _uncached(self, contexts: Sequence[Context]) -> torch.Tensor:
         oracle, rows = Fresh(self.core, reads_cache=False), _Rows()
-        for context in contexts:
-            name = next(self._names)
-            oracle.open(name, context.token_ids, context.adapter)
-            while context not in rows:
-                step = self.core.step()
-                if oracle.completed([name], step):
-                    captured = self.core.captured
-                    assert captured.logits is not None
-                    rows.add([context], captured.logits, [captured.rows[name]])
-                elif not step.n_scheduled:
-                    self.core.finish([name])
-                    raise EngineStalled(len(context.token_ids), self._holds())
+        names = {next(self._names): Target(context, None, 0, is_extension=False) for context in contexts}
+        for name, target in names.items():
+            oracle.open(name, target.context.token_ids, target.context.adapter)
+        self._compute(oracle, names, rows)
         return rows.in_order(contexts)
 
 

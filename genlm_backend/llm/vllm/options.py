@@ -56,6 +56,7 @@ def checked_options(options: Mapping[str, Any], *, is_cpu: bool) -> dict[str, An
         "enable_prefix_caching": True,
         "load_format": "safetensors",  # pickles can run code when loaded
         "distributed_executor_backend": "uni",
+        "use_tqdm_on_load": False,
     }
     if is_cpu:
         # Compiling takes a minute at each start, and wins nothing on small models (docs/vllm.md has the measurement).

@@ -68,51 +68,60 @@ def check(engine: VirtualEngine) -> None:
         Failed: With the difference.
         Exception: Whatever vLLM raises.
     """
-    core, transport = engine.core, engine.transport
-    block, longest = core.block_size, core.max_model_len - 1
-    ids = _probe(core.n_ids, min(3 * block, longest))
-    start = min(2 * block, longest) - 2
-    if start < 4:
-        raise Failed(f"a context of {longest} tokens is too short to test with")
-
-    _compare(engine, "a prompt", [ids[:start]], None)
-    for end in range(start + 1, min(start + 5, len(ids))):  # one at a time, across the edge of a block
-        _compare(engine, f"the token at position {end - 1} (blocks of {block})", [ids[:end]], 1)
-    here = min(start + 4, len(ids) - 1)
-    several = min(here + 3, len(ids))
-    _compare(engine, "several tokens at once", [ids[:several]], several - here)
-
-    forks = [(*ids[:several], (ids[0] + k) % core.n_ids) for k in range(1, 4)]
-    if several < longest:
-        _compare(engine, "forks of one request", forks, len(forks) if transport.can_fork else None)
-        middle = [(*ids[: block + 1], (ids[block + 1] + 1) % core.n_ids)]
-        if block + 2 < several:
-            _compare(engine, "a fork from the middle", middle, 1 if transport.can_fork else None)
-    if several + 2 <= longest:
-        _compare(engine, "a request that went on after it was forked", [(*fork, 5 % core.n_ids) for fork in forks], None)
+    core, keeps, can_fork = engine.core, engine.transport.keeps_sessions, engine.transport.can_fork
+    block = core.block_size
+    ids = _probe(core.n_ids, block + 5)
+    if len(ids) + 2 > core.max_model_len - 1:
+        raise Failed(f"contexts of {core.max_model_len} tokens are too short for a test across a block of {block}")
+    trial = _Trial(engine)
+    trial.ask("a prompt", [ids[: block - 2]])
+    for end in range(block - 1, block + 3):
+        trial.ask(f"the token at position {end - 1} (blocks of {block})", [ids[:end]], 1 if keeps else None)
+    trial.ask("several tokens at once", [ids], len(ids) - block - 2 if keeps and can_fork else None)
+    forks = [(*ids, (ids[0] + k) % core.n_ids) for k in range(1, 4)]
+    trial.ask("forks of one request", forks, len(forks) if can_fork else None)
+    other = (ids[block + 1] + 1) % core.n_ids
+    trial.ask("a fork from the middle", [(*ids[: block + 1], other)], 1 if can_fork else None)
+    trial.ask("requests that went on after a fork", [(*fork, 5 % core.n_ids) for fork in forks], 3 if keeps else None)
 
     # What vLLM samples itself would complete a block here; then a context has just that token in its place.
-    edge = ids[: block - 1]
-    first = engine.evaluate([Context(None, edge)])
-    sampled = {0, int(first.argmax())}
-    _compare(engine, "the token after a dropped one", [(*edge, ids[block - 1])], 1 if transport.keeps_sessions else None)
-    engine.evaluate([Context(None, (*edge, ids[block - 1], 7 % core.n_ids))])
-    others = [(*edge, token, 9 % core.n_ids) for token in sorted(sampled)]
-    _compare(engine, "a context with a token that was sampled and dropped", others, None)
+    edge, token = ids[1:block], ids[block]
+    sampled = {0, int(trial.ask("a block less one token", [edge]).argmax())}
+    trial.ask("the token after a dropped one", [(*edge, token)], 1 if keeps else None)
+    trial.ask("the block after a dropped one", [(*edge, token, 7 % core.n_ids)], 1 if keeps else None)
+    for dropped in sampled:
+        engine.end_sessions()  # so that the prefix cache is read
+        trial.ask("a context with a token that was sampled and dropped", [(*edge, dropped, 9 % core.n_ids)])
+    engine.end_sessions()
+    trial.ask("a request that was ended and came back", [(*edge, token, 7 % core.n_ids, 9 % core.n_ids)])
+    trial.compare()
 
 
-def _compare(engine: VirtualEngine, what: str, token_ids: Sequence[tuple[int, ...]], n_expected: int | None) -> None:
-    contexts = [Context(None, ids) for ids in dict.fromkeys(token_ids)]
-    n_before = engine.core.n_computed
-    rows = engine.evaluate(contexts).clone()
-    n_computed = engine.core.n_computed - n_before
-    expected = engine.uncached(contexts)
-    difference = _difference(rows, expected, engine.core.dtype)
-    if difference is not None:
-        raise Failed(f"{what} differs from an uncached request by {difference}")
-    keeps = engine.transport.keeps_sessions
-    if keeps and n_expected is not None and n_computed != n_expected:
-        raise Failed(f"{what} computed {n_computed} tokens instead of {n_expected}")
+class _Trial:
+    """What was asked and what came; compared at the end, with one batch of uncached requests."""
+
+    def __init__(self, engine: VirtualEngine) -> None:
+        self._engine = engine
+        self._asked: list[tuple[str, Context, torch.Tensor]] = []
+
+    def ask(self, what: str, token_ids: Sequence[tuple[int, ...]], n_expected: int | None = None) -> torch.Tensor:
+        """Rows of some contexts; `Failed` unless as many tokens were computed as expected."""
+        contexts = [Context(None, ids) for ids in token_ids]
+        n_before = self._engine.core.n_computed
+        rows = self._engine.evaluate(contexts)
+        n_computed = self._engine.core.n_computed - n_before
+        if n_expected is not None and n_computed != n_expected:
+            raise Failed(f"{what}: computed {n_computed} tokens instead of {n_expected}")
+        self._asked += zip([what] * len(rows), contexts, rows.clone(), strict=True)
+        return rows
+
+    def compare(self) -> None:
+        """Raise `Failed` for the first row that an uncached request does not give."""
+        expected = self._engine.uncached([context for _, context, _ in self._asked])
+        for (what, _, row), wanted in zip(self._asked, expected, strict=True):
+            difference = _difference(row[None], wanted[None], self._engine.core.dtype)
+            if difference is not None:
+                raise Failed(f"{what}: differs from an uncached request by {difference}")
 
 
 def _difference(rows: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str | None:

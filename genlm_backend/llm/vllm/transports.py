@@ -168,8 +168,8 @@ class Live(Transport):
         return [name for name in names if name in rows and _is_computed(requests[name])]
 
     def close(self) -> None:
-        """See `Transport`."""
-        del self._scheduler._update_request_with_output
+        """See `Transport`; a second call does nothing."""
+        self._scheduler.__dict__.pop("_update_request_with_output", None)
 
     def _drop_output(self, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
         """In place of the scheduler's method: a live request does not take the token that vLLM sampled."""

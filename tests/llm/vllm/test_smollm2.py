@@ -1,0 +1,177 @@
+"""The real SmolLM2-135M-Instruct on the real vLLM: rows, what is computed for them, and room."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from genlm_backend.errors import ContextTooLong
+from genlm_backend.llm import AsyncTransformer, AsyncVirtualLM, Draw
+from genlm_backend.sampling import draw_key
+
+pytestmark = [pytest.mark.model]
+OWN_NATS = 1e-4  # to an uncached request of the same engine, over tokens with p > 1e-8
+HF_NATS = 2e-4  # to AsyncTransformer
+TOTAL_VARIATION = 1e-5
+TEXT = "Montreal is a city on an island in the Saint Lawrence river, and"
+
+
+def apart(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
+    """Largest difference over tokens with p > 1e-8, nats, and total variation."""
+    found, wanted = found.double(), wanted.double()
+    relevant = (found > -18.4) | (wanted > -18.4)
+    nats = float((found - wanted).abs()[relevant].max())
+    return nats, float((found.exp() - wanted.exp()).abs().sum()) / 2
+
+
+async def check_rows(llm: AsyncVirtualLM, other: AsyncTransformer, asked: Sequence[Sequence[int]]) -> None:
+    """All at once; each row against the engine's own uncached request and against transformers."""
+    rows = await asyncio.gather(*(llm.next_token_logprobs(ids) for ids in asked))
+    theirs = await other.batch_next_token_logprobs(asked)
+    for ids, row, of_other in zip(asked, rows, theirs, strict=True):
+        assert abs(float(row.double().exp().sum()) - 1) < 5e-5
+        for wanted, nats in ((await llm.next_token_logprobs_uncached(ids), OWN_NATS), (of_other, HF_NATS)):
+            worst, total_variation = apart(row, wanted)
+            assert worst <= nats, f"{worst} nats for a context of {len(ids)} tokens"
+            assert total_variation <= TOTAL_VARIATION
+
+
+async def test_it_is_served_by_live_requests(smol: AsyncVirtualLM) -> None:
+    assert smol.transport == "live"
+    assert smol._engine.transport.can_fork
+
+
+async def test_rows_of_random_asks(
+    smol: AsyncVirtualLM, smol_transformer: AsyncTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Extensions, forks, backtracks, repeats and new prompts, in so little room that sessions are evicted; at the end
+    the engine believes it has room, so that vLLM itself takes blocks away."""
+    rng = random.Random(0)
+    smol.clear_cache()
+    prompts = [smol.tokenizer.encode(TEXT), smol.tokenizer.encode("The little cat climbed into the")]
+    known = [*prompts, smol.tokenizer.encode(TEXT * 4)]
+    before = smol.tally
+    core = smol._engine.core
+    for step in range(10):
+        asked = []
+        for _ in range(rng.choice((4, 9, 14))):
+            ids = rng.choice(known[-20:]) if rng.random() < 0.9 else rng.choice(prompts)
+            ids = ids[: rng.randrange(max(1, len(ids) - 40), len(ids) + 1)]
+            asked.append([*ids, *(rng.randrange(49152) for _ in range(rng.choice((1, 1, 1, 3))))][:250])
+        if step == 2:  # cold beside warm ones
+            asked.append([rng.randrange(49152) for _ in range(150)])
+        if step >= 7:
+            monkeypatch.setattr(core, "n_free_blocks", lambda: 10**6)
+            asked += [[rng.randrange(49152) for _ in range(230)] for _ in range(6)]
+        known += asked
+        await check_rows(smol, smol_transformer, asked)
+    monkeypatch.undo()
+    tally = smol.tally
+    assert tally.restarted == before.restarted
+    for name in ("extended", "forked", "opened", "evicted", "preempted"):
+        assert getattr(tally, name) > getattr(before, name), name
+
+
+async def test_one_token_for_each_new_context_and_each_forked_child(smol: AsyncVirtualLM) -> None:
+    smol.clear_cache()
+    prompt = smol.tokenizer.encode(TEXT)
+    await smol.next_token_logprobs(prompt)
+    particles = [[*prompt, 1000 + i] for i in range(10)]
+    for step in range(35):  # across the edge of a block
+        before = smol.statistics()
+        await asyncio.gather(*(smol.next_token_logprobs(ids) for ids in particles))
+        after = smol.statistics()
+        assert after.tokens_computed - before.tokens_computed == len(particles)
+        assert after.forwards - before.forwards == 1
+        if step % 7 == 6:  # resampling: all from two of them
+            particles = [[*particles[i % 2], 3000 + step, i] for i in range(10)]
+            await asyncio.gather(*(smol.next_token_logprobs(ids[:-1]) for ids in particles))
+        else:
+            particles = [[*ids, 2000 + i + step] for i, ids in enumerate(particles)]
+    before = smol.statistics()
+    await smol.next_token_logprobs([*particles[3][:20], 77])  # back in the middle, and another way
+    assert smol.statistics().tokens_computed - before.tokens_computed == 1
+
+
+async def test_particles_with_one_cold_prompt_compute_it_once(smol: AsyncVirtualLM) -> None:
+    smol.clear_cache()
+    prompt = smol.tokenizer.encode("A prompt that none of these tests has used before now: ")
+    before = smol.statistics()
+    await asyncio.gather(*(smol.next_token_logprobs([*prompt, i]) for i in range(5)))
+    assert smol.statistics().tokens_computed - before.tokens_computed == len(prompt) + 5
+
+
+async def test_more_particles_than_slots_in_waves(smol: AsyncVirtualLM, smol_transformer: AsyncTransformer) -> None:
+    smol.clear_cache()
+    prompt = smol.tokenizer.encode(TEXT)
+    particles = [[*prompt, 100 + i] for i in range(30)]
+    for step in range(3):
+        await check_rows(smol, smol_transformer, particles)
+        assert len(smol._engine._ledger) <= 12
+        particles = [[*ids, 500 + step + i] for i, ids in enumerate(particles)]
+
+
+async def test_the_length_of_a_context_is_checked_before_anything_is_computed(
+    smol: AsyncVirtualLM, smol_transformer: AsyncTransformer
+) -> None:
+    ids = [i % 1000 + 5 for i in range(260)]
+    before = smol.statistics()
+    for too_long in (256, 257, 260):
+        with pytest.raises(ContextTooLong, match="at most 255"):
+            await smol.next_token_logprobs(ids[:too_long])
+    assert smol.statistics().tokens_computed == before.tokens_computed
+    await check_rows(smol, smol_transformer, [ids[:253]])
+    await check_rows(smol, smol_transformer, [ids[:254]])  # a live request up to the last place
+    await check_rows(smol, smol_transformer, [ids[:255], [*ids[:254], 9]])
+
+
+async def test_draws_are_those_of_the_rows(smol: AsyncVirtualLM) -> None:
+    """The same keys draw the same tokens as from rows of transformers, up to rounding."""
+    from genlm_backend import sampling
+
+    prompt = smol.tokenizer.encode(TEXT)
+    contexts = [[*prompt, i] for i in range(8)]
+    keys = [draw_key(7, (i,), 0) for i in range(8)]
+    drawn = await asyncio.gather(
+        *(smol.query(ids, Draw(key)) for ids, key in zip(contexts, keys, strict=True))
+    )
+    rows = await smol.batch_next_token_logprobs(contexts)
+    assert [d.token_id for d in drawn] == sampling.draw(rows, keys, [1.0] * 8).tolist()
+    assert [d.logprob for d in drawn] == [float(row[d.token_id]) for row, d in zip(rows, drawn, strict=True)]
+
+
+async def test_sequences_are_scored_as_by_transformers(smol: AsyncVirtualLM, smol_transformer: AsyncTransformer) -> None:
+    smol.clear_cache()
+    prompt, text = smol.tokenizer.encode(TEXT), smol.tokenizer.encode(" the largest city of Quebec.")
+    found = await smol.sequence_logprob(prompt, text)
+    assert abs(found - await smol_transformer.sequence_logprob(prompt, text)) < 1e-3
+
+
+async def test_sync_methods_work_inside_a_running_loop(smol: AsyncVirtualLM) -> None:
+    prompt = smol.tokenizer.encode(TEXT)
+    row = smol.next_token_logprobs_sync(prompt)
+    assert torch.equal(row, await smol.next_token_logprobs(prompt))
+    assert smol.batch_next_token_logprobs_sync([prompt, prompt[:3]]).shape == (2, len(smol.byte_vocab))
+
+
+@pytest.mark.parametrize("name", ["resumable", "fresh", "uncached"])
+async def test_the_other_transports_give_the_same_rows(
+    smol: AsyncVirtualLM,
+    smol_transformer: AsyncTransformer,
+    with_transport: Callable[[AsyncVirtualLM, str], None],
+    name: str,
+) -> None:
+    """The slower ways, asked as a program asks: growing, forking, going back, more than there are slots."""
+    with_transport(smol, name)
+    rng = random.Random(1)
+    prompt = smol.tokenizer.encode(TEXT * 2)
+    particles = [[*prompt, 100 + i] for i in range(6)]
+    for _ in range(4):
+        await check_rows(smol, smol_transformer, particles)
+        particles = [[*rng.choice(particles), rng.randrange(49152)] for _ in particles]
+        particles[0] = [*particles[0][: rng.randrange(5, 20)], 17, 18, 19]
+    await check_rows(smol, smol_transformer, [[*prompt[:8], i] for i in range(15)])
