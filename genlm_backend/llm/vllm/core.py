@@ -221,6 +221,7 @@ def open_core(model: str, options: Mapping[str, Any]) -> Core:
             from vllm.platforms import current_platform
         except ImportError as error:
             raise BackendUnavailable("vLLM", INSTALL) from error
+        torch.get_num_threads()  # see engine._prepare_thread
         captured = Captured()
         config, executor = _config(model, checked_options(options, is_cpu=current_platform.is_cpu()), captured)
         from vllm.v1.engine.core import EngineCore

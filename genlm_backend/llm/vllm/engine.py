@@ -81,8 +81,7 @@ class VirtualEngine(Engine):
             Exception: Whatever the forward raises; all sessions are ended then, and the core made anew if need be.
         """
         with self._lock, torch.inference_mode():
-            if self.core.device.type == "cuda":
-                torch.cuda.set_device(self.core.device)  # a property of the thread, and vLLM was started in another
+            _prepare_thread(self.core.device)
             if self._is_to_forget:
                 self._forget()
             try:
@@ -97,6 +96,7 @@ class VirtualEngine(Engine):
     def uncached(self, contexts: Sequence[Context]) -> torch.Tensor:
         """Rows of requests of their own that read no cache: the oracle. Shape as in `evaluate`; from any thread."""
         with self._lock, torch.inference_mode():
+            _prepare_thread(self.core.device)
             return self._uncached(contexts)
 
     def counts(self) -> EngineCounts:
@@ -135,6 +135,7 @@ class VirtualEngine(Engine):
     def use(self, transport: Callable[[Core], Transport]) -> None:
         """End all sessions and go on with another transport."""
         with self._lock:
+            _prepare_thread(self.core.device)
             self._forget()
             self.transport.close()
             self._make_transport = transport
@@ -346,6 +347,15 @@ class VirtualEngine(Engine):
             oracle.open(name, target.context.token_ids, target.context.adapter)
         self._compute(oracle, names, rows)
         return rows.in_order(contexts)
+
+
+def _prepare_thread(device: torch.device) -> None:
+    """Give this thread what vLLM set up in the one that loaded the model."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # torch sets a thread's number of OpenMP threads at its first operation in it. vLLM's attention plans with the
+    # number before that, and then finds another one ("Check failed: thread_num == thread_num").
+    torch.get_num_threads()
 
 
 def _anew(target: Target) -> Target:
