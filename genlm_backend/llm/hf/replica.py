@@ -11,11 +11,15 @@ from genlm_backend.llm.hf.linear import PackedLinear
 def replica(model: Any, attention: str | None = None) -> Any:
     """A model of new module objects over the same parameters, in evaluation mode.
 
+    Buffers that are saved with the weights are shared too. The others, such as frequencies of rotary embeddings, are
+    copied: they are small, and some models write into them at each call (transformers since 5.23, for longrope).
+
     Args:
         model: Any transformers model; not changed.
         attention: Name of the attention implementation of the copy; None keeps the model's own.
     """
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    saved = model.state_dict(keep_vars=True).values()
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *saved]}
     shared |= {id(module): module for module in model.modules() if isinstance(module, PackedLinear)}
     copied = copy.deepcopy(model, shared)
     if attention is not None:

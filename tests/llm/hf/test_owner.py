@@ -91,6 +91,24 @@ def test_a_model_is_the_same_before_during_and_after(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"), [("llama", DYNAMIC_ROPE), ("phi3", LONGROPE)], ids=["dynamic", "longrope"]
+)
+async def test_serving_writes_into_no_tensor_of_the_owner(
+    name: str, changes: dict[str, Any], wrap: Callable[..., AsyncTransformer]
+) -> None:
+    """Transformers 5.23 updates longrope's frequencies in place, perhaps amid a call of the owner."""
+    model = fresh(name, **changes)
+    tensors = [*model.parameters(), *model.buffers()]
+    versions = [tensor._version for tensor in tensors]
+    llm = wrap(model)
+    rng = random.Random(0)
+    for length in (5, 50, 10):
+        await llm.next_token_logprobs(random_ids(rng, length))
+        await llm.next_token_logprobs_uncached(random_ids(rng, length))
+    assert [tensor._version for tensor in tensors] == versions
+
+
 async def test_a_model_in_training_is_served_in_evaluation_mode_and_stays_in_training(
     wrap: Callable[..., AsyncTransformer],
 ) -> None:
