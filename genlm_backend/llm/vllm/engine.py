@@ -342,10 +342,13 @@ class VirtualEngine(Engine):
 
     def _uncached(self, contexts: Sequence[Context]) -> torch.Tensor:
         oracle, rows = Fresh(self.core, reads_cache=False), _Rows()
-        names = {next(self._names): Target(context, None, 0, is_extension=False) for context in contexts}
-        for name, target in names.items():
-            oracle.open(name, target.context.token_ids, target.context.adapter)
-        self._compute(oracle, names, rows)
+        wave = [Target(context, None, 0, is_extension=False) for context in contexts]
+        while wave:
+            admitted = {next(self._names): target for target in self._admitted(wave)}
+            for name, target in admitted.items():
+                oracle.open(name, target.context.token_ids, target.context.adapter)
+            wave = wave[len(admitted) :]
+            self._compute(oracle, admitted, rows)
         return rows.in_order(contexts)
 
 
