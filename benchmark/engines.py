@@ -216,7 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown is not None:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(to_markdown(report), encoding="utf-8")
-    return 0 if not measured.is_interrupted and any(sample.peer in (OURS, OURS_VLLM) for sample in measured.samples) else 1
+    return (
+        0 if not measured.is_interrupted and any(sample.peer in (OURS, OURS_VLLM) for sample in measured.samples) else 1
+    )
 
 
 def _interrupt_once(number: int, frame: object) -> None:

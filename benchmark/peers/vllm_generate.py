@@ -1,4 +1,4 @@
-"""vLLM's own `LLM.generate`: its scheduler, its sampler, one call for all particles; its prefix cache shares the prompt."""
+"""vLLM's own `LLM.generate`: its scheduler, its sampler, one call for all; its prefix cache shares the prompt."""
 
 from __future__ import annotations
 

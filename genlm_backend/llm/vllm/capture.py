@@ -48,7 +48,7 @@ class _Processor:
     captured: Captured
 
     def __init__(self, vllm_config: Any, *of_runner: Any) -> None:
-        self._slots: dict[int, str] = {}  # V1: row -> name; V2: place in the request states -> name
+        self._slots: dict[int, str | None] = {}  # V1: row -> name; V2: place in the request states -> name
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -93,10 +93,11 @@ class _Processor:
         captured = self.captured
         if context is None:
             captured.logits = logits
-            captured.rows = {name: row for row, name in self._slots.items() if row < len(logits)}
+            captured.rows = {name: row for row, name in self._slots.items() if name is not None and row < len(logits)}
             # Its token is dropped, so it need not search 49,152 columns for the largest.
             return logits.new_zeros((len(logits), 1))
         # V2's sampler goes on to change these logits in place, and wants all columns.
         captured.logits = logits.clone()
-        captured.rows = {self._slots[int(place)]: row for row, place in enumerate(context.idx_mapping_np)}
+        names = [self._slots.get(int(place)) for place in context.idx_mapping_np]
+        captured.rows = {name: row for row, name in enumerate(names) if name is not None}
         return logits

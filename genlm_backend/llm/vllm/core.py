@@ -71,12 +71,12 @@ class Core:
 
     @property
     def scheduler(self) -> Any:
-        """vLLM's scheduler."""
+        """The scheduler of vLLM."""
         return self.engine.scheduler
 
     @property
     def runner(self) -> Any:
-        """vLLM's model runner, V1 or V2."""
+        """The model runner of vLLM, V1 or V2."""
         worker = self.engine.model_executor.driver_worker
         return getattr(worker, "worker", worker).model_runner
 
@@ -94,7 +94,8 @@ class Core:
 
     def n_free_blocks(self) -> int:
         """Blocks that no request holds."""
-        return round((1 - self.scheduler.get_kv_cache_usage()) * self.n_blocks)
+        usage: float = self.scheduler.get_kv_cache_usage()
+        return round((1 - usage) * self.n_blocks)
 
     def make_request(
         self,
@@ -106,7 +107,7 @@ class Core:
         is_resumable: bool = False,
         reads_cache: bool = True,
     ) -> Any:
-        """vLLM's `Request` for these tokens, not yet given to the scheduler."""
+        """A `Request` of vLLM for these tokens, not yet given to the scheduler."""
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
 
@@ -269,7 +270,7 @@ def _explained(model: str, error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """vLLM tells hundreds of lines while it starts, on standard output; only errors are let through.
+    """While it starts, vLLM tells hundreds of lines, on standard output; only errors are let through.
 
     What its imports warn of (deprecated names of torch) is for its authors.
     """

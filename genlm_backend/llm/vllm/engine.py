@@ -267,7 +267,7 @@ class VirtualEngine(Engine):
         self.core.finish([session.name for session in replaced if session is not None])
 
     def _drop_preempted(self, preempted: frozenset[str], waiting: dict[str, Target]) -> None:
-        """vLLM would compute preempted requests again; those nobody waits for are ended instead."""
+        """Preempted requests would be computed again by vLLM; those nobody waits for are ended instead."""
         self._count(preempted=len(preempted))
         idle = [self._ledger.get(name) for name in preempted if name not in waiting]
         for session in idle:
@@ -275,7 +275,7 @@ class VirtualEngine(Engine):
                 self._evict(session)
 
     def _wake(self, waiting: dict[str, Target]) -> None:
-        """vLLM stands still: end an idle session, so that its slot and blocks are free.
+        """Where vLLM stands still: end an idle session, so that its slot and blocks are free.
 
         Raises:
             EngineStalled: There is no idle session.

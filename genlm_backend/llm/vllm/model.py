@@ -97,7 +97,7 @@ class AsyncVirtualLM(AsyncLM):
             raise
         if reasons:
             warnings.warn(
-                f"{model_name!r} is served by {transport!r} requests of vLLM, correct but slower ({'; '.join(reasons)})",
+                f"{model_name!r} is served by {transport!r} requests of vLLM, correct but slower: {'; '.join(reasons)}",
                 SlowPathWarning,
                 stacklevel=2,
             )

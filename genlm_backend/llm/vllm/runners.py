@@ -39,7 +39,7 @@ class Runner(ABC):
 
 
 class RunnerV1(Runner):
-    """The persistent batch of `vllm.v1.worker.gpu_model_runner`, and of every CPU build: token ids lie in host memory."""
+    """The persistent batch of `vllm.v1.worker.gpu_model_runner`, also of CPU builds: token ids lie in host memory."""
 
     def write(self, feeds: Sequence[Feed]) -> None:
         """See `Runner`. A request that was not in the last step has no row; its own list of tokens is enough then."""

@@ -1,10 +1,10 @@
 """Which transport serves this model on this release of vLLM? Decided at load, on the real engine.
 
 Each transport is asked for what it may get wrong: a token appended on each side of the edge of a block, several at
-once, forks from the end and from the middle of a request, the request that went on after the forks, and a context that
-holds a token which vLLM had sampled itself and which was dropped: a block's hash made from that token would find keys and
-values of another one. Rows are compared with those of requests that read no cache, tokens computed with what they should
-be.
+once, forks from the end and from the middle of a request, the request that went on after the forks, and a context
+that holds a token which vLLM had sampled itself and which was dropped: a block's hash made from that token would find
+keys and values of another one. Rows are compared with those of requests that read no cache, tokens computed with what
+they should be.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ class Live(Transport):
             self._runner.write(feeds)
 
     def completed(self, names: Collection[str], step: Step) -> list[str]:
-        """See `Transport`. A prompt that vLLM computes in chunks has rows before its last token; they are passed over."""
+        """See `Transport`. A prompt that is computed in chunks has rows before its last token; they are passed over."""
         requests = self._scheduler.requests
         rows = self._core.captured.rows
         return [name for name in names if name in rows and _is_computed(requests[name])]
@@ -186,5 +186,3 @@ def _has_plain_blocks(scheduler: Any) -> bool:
     """Whether every layer keeps all its keys and values, in blocks that any position can be read from."""
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     return len(managers) == 1 and type(managers[0]).__name__ == "FullAttentionManager"
-
-

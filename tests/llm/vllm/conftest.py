@@ -58,7 +58,7 @@ def smol_transformer(smollm2_path: Path) -> Iterator[AsyncTransformer]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_512: PreTrainedTokenizerFast) -> Path:
-    """A small random Llama whose rows depend strongly on what it sees; its heads are of a size that vLLM has kernels for."""
+    """A small random Llama whose rows depend strongly on what it sees; vLLM has kernels for heads of this size."""
     folder = tmp_path_factory.mktemp("vllm") / "tiny-llama"
     sizes = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 3, "initializer_range": 0.1}
     architectures.build("llama", **sizes).save_pretrained(folder)

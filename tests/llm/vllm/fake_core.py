@@ -1,4 +1,4 @@
-"""A core of plain Python in place of vLLM's: slots, blocks, a token budget, preemption; rows are noise of the context."""
+"""A core of plain Python in place of vLLM's: slots, blocks, a token budget, preemption; rows are noise."""
 
 from __future__ import annotations
 

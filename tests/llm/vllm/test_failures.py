@@ -1,4 +1,4 @@
-"""Cancellation, forwards that raise and an engine that dies, on the real vLLM: every waiter gets its row or an error."""
+"""Cancellation, forwards that raise and an engine that dies, on the real vLLM: each waiter gets a row or an error."""
 
 from __future__ import annotations
 

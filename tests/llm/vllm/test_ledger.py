@@ -19,7 +19,7 @@ def n_common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Adds, extends, removes and looks up; the oracle is a dictionary of names to (adapter, tokens), in order of use."""
+    """Adds, extends, removes and looks up; the oracle is a dictionary of names to (adapter, tokens) by use."""
 
     @initialize()
     def start(self) -> None:

@@ -14,7 +14,7 @@ from genlm_backend.llm.vllm.runners import Feed, RunnerV1, RunnerV2, runner_for
 
 
 def v1_runner() -> Any:
-    """Request "a" (prompt 1 2, held 1 2 3, sampled 99) is in row 1; "b" (prompt 5, sampled 98) was not in the last step."""
+    """Request "a" (prompt 1 2, held 1 2 3, sampled 99) is in row 1; "b" (prompt 5, sampled 98) has no row now."""
     token_ids = np.zeros((2, 8), np.int32)
     token_ids[1, :4] = 1, 2, 3, 99
     return SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Which transport serves: each that computes wrong rows, or more than it should, is found out and the next one taken."""
+"""Which transport serves: one that computes wrong rows, or more than it should, is found out and the next taken."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def takes_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The request takes the token that vLLM sampled."""
-    monkeypatch.setattr(transports.Live, "_drop_output", lambda self, *args, **kwargs: self._take_output(*args, **kwargs))
+    monkeypatch.setattr(
+        transports.Live, "_drop_output", lambda self, *args, **kwargs: self._take_output(*args, **kwargs)
+    )
 
 
 def stale_hash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,15 +151,15 @@ async def test_draws_are_those_of_the_rows(smol: AsyncVirtualLM) -> None:
     prompt = smol.tokenizer.encode(TEXT)
     contexts = [[*prompt, i] for i in range(8)]
     keys = [draw_key(7, (i,), 0) for i in range(8)]
-    drawn = await asyncio.gather(
-        *(smol.query(ids, Draw(key)) for ids, key in zip(contexts, keys, strict=True))
-    )
+    drawn = await asyncio.gather(*(smol.query(ids, Draw(key)) for ids, key in zip(contexts, keys, strict=True)))
     rows = await smol.batch_next_token_logprobs(contexts)
     assert [d.token_id for d in drawn] == sampling.draw(rows, keys, [1.0] * 8).tolist()
     assert [d.logprob for d in drawn] == [float(row[d.token_id]) for row, d in zip(rows, drawn, strict=True)]
 
 
-async def test_sequences_are_scored_as_by_transformers(smol: AsyncVirtualLM, smol_transformer: AsyncTransformer) -> None:
+async def test_sequences_are_scored_as_by_transformers(
+    smol: AsyncVirtualLM, smol_transformer: AsyncTransformer
+) -> None:
     smol.clear_cache()
     prompt, text = smol.tokenizer.encode(TEXT), smol.tokenizer.encode(" the largest city of Quebec.")
     found = await smol.sequence_logprob(prompt, text)

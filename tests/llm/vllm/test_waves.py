@@ -138,7 +138,7 @@ def test_the_least_recently_used_is_ended_first() -> None:
 
 
 def test_a_context_larger_than_all_blocks_is_an_error_with_what_is_held() -> None:
-    engine, (core,) = make_engine(n_blocks=2)
+    engine, _ = make_engine(n_blocks=2)
     with pytest.raises(EngineStalled, match="0 of 2 blocks of 4 tokens"):
         engine.evaluate(asked(tuple(range(9))))
     check(engine, asked(PROMPT))
