@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from genlm_backend.errors import ContextTooLong
-from genlm_backend.llm import AsyncTransformer, AsyncVirtualLM, Draw
+from genlm_backend.llm import AsyncTransformer, AsyncVirtualLM, Draw, TopK
 from genlm_backend.llm.service import Context
 from genlm_backend.sampling import draw_key
 
 pytestmark = [pytest.mark.model]
 OWN_NATS = 1e-4  # to an uncached request of the same engine, over tokens with p > 1e-8
 HF_NATS = 2e-4  # to AsyncTransformer
-TOTAL_VARIATION = 1e-5
+TOTAL_VARIATION = 1e-5  # to both, over what a program asks
+# Over contexts of arbitrary tokens. transformers itself is up to 1.1e-5 from float64 there; and after <|endoftext|> in
+# the middle of a text float32 is no better than 5e-4 nats in either engine, so no test asks that.
+HF_TOTAL_VARIATION = 2e-5
 TEXT = "Montreal is a city on an island in the Saint Lawrence river, and"
 
 
@@ -29,7 +32,12 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
     return nats, float((found.exp() - wanted.exp()).abs().sum()) / 2
 
 
-async def check_rows(llm: AsyncVirtualLM, other: AsyncTransformer, asked: Sequence[Sequence[int]]) -> None:
+async def check_rows(
+    llm: AsyncVirtualLM,
+    other: AsyncTransformer,
+    asked: Sequence[Sequence[int]],
+    hf_total_variation: float = HF_TOTAL_VARIATION,
+) -> None:
     """All at once; each row against the engine's own uncached request and against transformers."""
     rows = await asyncio.gather(*(llm.next_token_logprobs(ids) for ids in asked))
     theirs = await other.batch_next_token_logprobs(asked)
@@ -38,10 +46,14 @@ async def check_rows(llm: AsyncVirtualLM, other: AsyncTransformer, asked: Sequen
     uncached = dict(zip(contexts, logits.log_softmax(-1), strict=True))
     for ids, row, of_other in zip(asked, rows, theirs, strict=True):
         assert abs(float(row.double().exp().sum()) - 1) < 5e-5
-        for wanted, nats in ((uncached[Context(None, tuple(ids))], OWN_NATS), (of_other, HF_NATS)):
+        of_own = uncached[Context(None, tuple(ids))]
+        for wanted, nats, variation in (
+            (of_own, OWN_NATS, TOTAL_VARIATION),
+            (of_other, HF_NATS, hf_total_variation),
+        ):
             worst, total_variation = apart(row, wanted)
             assert worst <= nats, f"{worst} nats for a context of {len(ids)} tokens"
-            assert total_variation <= TOTAL_VARIATION
+            assert total_variation <= variation, f"{total_variation} for a context of {len(ids)} tokens"
 
 
 async def test_it_is_served_by_live_requests(smol: AsyncVirtualLM) -> None:
@@ -61,11 +73,13 @@ async def test_rows_of_random_asks(smol: AsyncVirtualLM, smol_transformer: Async
         for _ in range((4, 14, 9)[step % 3]):
             ids = rng.choice(known[-20:]) if rng.random() < 0.9 else rng.choice(prompts)
             ids = ids[: rng.randrange(max(1, len(ids) - 40), len(ids) + 1)]
-            asked.append([*ids, *(rng.randrange(49152) for _ in range(rng.choice((1, 1, 1, 3))))][:250])
-        if step == 2:  # cold beside warm ones
-            asked.append([rng.randrange(49152) for _ in range(150)])
+            for _ in range(rng.choice((1, 1, 1, 3))):
+                ids = [*ids, rng.choice((await smol_transformer.query(ids, TopK(20))).token_ids.tolist())]
+            asked.append(ids)
+        if step % 3 == 2:  # cold beside warm ones
+            asked.append(smol.tokenizer.encode(f"{step} times, " + TEXT * 5))
         known += asked
-        await check_rows(smol, smol_transformer, asked)
+        await check_rows(smol, smol_transformer, asked, TOTAL_VARIATION)
     tally = smol.tally
     assert tally.restarted == before.restarted
     for name in ("extended", "forked", "opened", "evicted"):
@@ -185,8 +199,8 @@ async def test_the_other_transports_give_the_same_rows(
     rng = random.Random(1)
     prompt = smol.tokenizer.encode(TEXT * 2)
     particles = [[*prompt, 100 + i] for i in range(6)]
-    for _ in range(4):
+    for step in range(4):
         await check_rows(smol, smol_transformer, particles)
-        particles = [[*rng.choice(particles), rng.randrange(49152)] for _ in particles]
+        particles = [[*rng.choice(particles), 200 + 10 * step + i] for i in range(6)]
         particles[0] = [*particles[0][: rng.randrange(5, 20)], 17, 18, 19]
-    await check_rows(smol, smol_transformer, [[*prompt[:8], i] for i in range(15)])
+    await check_rows(smol, smol_transformer, [[*prompt[:8], 100 + i] for i in range(15)])
