@@ -36,11 +36,15 @@ from benchmark.workloads import CELLS, Cell, Workload, make_workload, parse_cell
 
 QUIET_CORES = 0.2  # more than this, busy with anything else, disturbs a run; the housekeeping of a machine is below
 OURS, OURS_ROWS, GENLM, GENERATE = "ours", "ours_rows", "genlm", "generate"
+OURS_VLLM, VLLM_GENERATE, VLLM_FRESH = "ours_vllm", "vllm_generate", "vllm_fresh"
 # Ours is to be at least so many times as fast.
 TARGETS: dict[str, dict[Cell, float]] = {
     GENLM: {Cell(10, 3): 2.5, Cell(50, 3): 6.0, Cell(50, 256): 3.5},
     GENERATE: {cell: 1.5 if cell == Cell(50, 3) else 1.0 for cell in CELLS},
+    VLLM_GENERATE: {cell: 0.85 for cell in CELLS if cell.n_particles >= 10},
+    VLLM_FRESH: {cell: 3.0 for cell in CELLS if cell.n_particles == 50},
 }
+COMPARED = {VLLM_GENERATE: OURS_VLLM, VLLM_FRESH: OURS_VLLM}  # with which one of ours; all others with OURS
 
 
 class Kind(NamedTuple):
@@ -55,7 +59,12 @@ KINDS: dict[str, Kind] = {
     OURS_ROWS: Kind("ours, whole rows", our_python),
     GENLM: Kind("genlm-backend", genlm_python),
     GENERATE: Kind("generate", our_python),
+    OURS_VLLM: Kind("ours on vLLM", our_python),
+    VLLM_GENERATE: Kind("vLLM's generate", our_python),
+    VLLM_FRESH: Kind("vLLM, a request per step", our_python),
 }
+# `--peers ours_vllm,vllm_generate,vllm_fresh` measures those on vLLM (docs/vllm.md).
+DEFAULT_PEERS = (OURS, OURS_ROWS, GENLM, GENERATE)
 
 
 class Sample(NamedTuple):
@@ -207,7 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown is not None:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(to_markdown(report), encoding="utf-8")
-    return 0 if not measured.is_interrupted and any(sample.peer == OURS for sample in measured.samples) else 1
+    return (
+        0 if not measured.is_interrupted and any(sample.peer in (OURS, OURS_VLLM) for sample in measured.samples) else 1
+    )
 
 
 def _interrupt_once(number: int, frame: object) -> None:
@@ -350,9 +361,9 @@ def make_report(options: argparse.Namespace, measured: Measured, started: dict[s
                 },
                 "peak_bytes": {name: _largest([s.reply["peak_bytes"] for s in of]) for name, of in of_cell.items()},
                 "ours_times": {
-                    name: _spread(_paired_ratios(of_cell[OURS], of_cell[name]))
+                    name: _spread(_paired_ratios(of_cell[_ours(name)], of_cell[name]))
                     for name in of_cell
-                    if name != OURS and OURS in of_cell
+                    if name not in (OURS, OURS_VLLM) and _ours(name) in of_cell
                 },
                 "targets": {name: TARGETS[name][cell] for name in TARGETS if cell in TARGETS[name]},
             }
@@ -387,6 +398,11 @@ def make_report(options: argparse.Namespace, measured: Measured, started: dict[s
         },
         "samples": [sample._asdict() for sample in measured.samples],
     }
+
+
+def _ours(name: str) -> str:
+    """The one of ours that a peer is compared with."""
+    return COMPARED.get(name, OURS)
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
@@ -466,7 +482,7 @@ def _tables(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
     if report["options"]["steps"] > 1:
         rows = [[row["cell"], *(_shown(row["step_tokens_per_s"].get(name)) for name in names)] for row in cells]
         yield "Tokens per second after each particle's first token, so without the prompt", header, rows
-    others = [name for name in names if name in TARGETS and OURS in names]
+    others = [name for name in names if name in TARGETS and _ours(name) in names]
     if others:
         titles = [f"ours / {peers[name]['title']}" for name in others]
         header = ["particles x prompt", *(text for title in titles for text in (title, "target", "without the prompt"))]
@@ -489,7 +505,7 @@ def _comparison(row: dict[str, Any], name: str) -> Iterator[str]:
     yield f"{ratio['median']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f})"
     yield "" if target is None else f"{target:g} {'reached' if ratio['median'] >= target else 'missed'}"
     steps = row["step_tokens_per_s"]
-    yield f"{steps[OURS]['median'] / steps[name]['median']:.2f}" if steps else ""
+    yield f"{steps[_ours(name)]['median'] / steps[name]['median']:.2f}" if steps else ""
 
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:
@@ -568,7 +584,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_at_least_one, default=32, help="new tokens for each particle (32)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--threads", type=_at_least_one, default=psutil.cpu_count(logical=False) or os.cpu_count())
-    parser.add_argument("--peers", type=_peers, default=list(KINDS), help=",".join(KINDS))
+    parser.add_argument("--peers", type=_peers, default=list(DEFAULT_PEERS), help=",".join(KINDS))
     parser.add_argument(
         "--patience", type=float, default=120, help="seconds to spend in all on waiting for a quiet machine (120)"
     )

@@ -36,6 +36,18 @@ class Cell(NamedTuple):
 CELLS = (Cell(1, 3), Cell(10, 3), Cell(10, 256), Cell(50, 3), Cell(50, 256))
 
 
+# The same engine for each peer on vLLM: what `AsyncVirtualLM` takes on a CPU where nothing is said.
+VLLM_OPTIONS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_num_seqs": 256,
+    "max_model_len": 1024,
+    "kv_cache_memory_bytes": 2**30,
+    "enable_prefix_caching": True,
+}
+
+
 class Workload(NamedTuple):
     """What a worker is asked to do once.
 

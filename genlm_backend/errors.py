@@ -7,6 +7,7 @@
             ContextTooLong
             UnknownAdapter
             InvalidQuery
+            InvalidEngineOption
             WeightsMismatch
             InvalidDevice
             NoSuchNode
@@ -21,6 +22,7 @@
         DuplicateWord (ValueError)          one vocabulary entry twice in a trie
         EvaluationFailed (RuntimeError)     the forward pass of one request raised
             NonFiniteLogits
+            EngineStalled
         NoTokenAllowed (ValueError)         mathematics: a mask excludes every possible token
         ModelClosed (RuntimeError)          life-cycle
             QueriesReset
@@ -95,6 +97,15 @@ class UnknownAdapter(InvalidRequest):
 
 class InvalidQuery(InvalidRequest):
     """A query does not fit the model's rows. Data: the reason."""
+
+
+class InvalidEngineOption(InvalidRequest):
+    """An option of an engine cannot be used here. Data: option, its value, the reason and what to do."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        option, value, reason = data
+        return f"engine option {option}={value!r}: {reason}"
 
 
 class WeightsMismatch(InvalidRequest):
@@ -220,6 +231,18 @@ class NonFiniteLogits(EvaluationFailed):
     @staticmethod
     def message(*data: object) -> str:
         return f"the model's logits for a context of {data[0]} tokens are not finite; try float32, or check the weights"
+
+
+class EngineStalled(EvaluationFailed):
+    """The engine computes nothing although this context waits. Data: number of tokens, what it holds."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        n_tokens, holds = data
+        return (
+            f"the engine schedules nothing although a context of {n_tokens} tokens waits ({holds}); "
+            "give it more memory for keys and values (engine_opts={'kv_cache_memory_bytes': ...})"
+        )
 
 
 class NoTokenAllowed(GenlmError, ValueError):

@@ -72,7 +72,7 @@ class PrefixTree:
             node = node.children.get(ids[length])
             if node is None:
                 break
-            n_same = _n_common(node.tokens, ids, length, limit)
+            n_same = n_common(node.tokens, ids, length, limit)
             parts.append(node.slots[:n_same])
             length += n_same
             if n_same < len(node.tokens):
@@ -103,7 +103,7 @@ class PrefixTree:
             child = node.children.get(ids[length])
             if child is None:
                 break
-            n_same = _n_common(child.tokens, ids, length, len(ids))
+            n_same = n_common(child.tokens, ids, length, len(ids))
             length += n_same
             if n_same < len(child.tokens):
                 child.tick = tick
@@ -195,7 +195,7 @@ def _is_evictable(node: _Node, tick: int) -> bool:
     return not node.children and node.tick != tick and node.parent is not None
 
 
-def _n_common(tokens: list[int], ids: list[int], start: int, limit: int) -> int:
+def n_common(tokens: list[int], ids: list[int], start: int, limit: int) -> int:
     """How many leading entries of `tokens` equal `ids[start:limit]`."""
     n = min(len(tokens), limit - start)
     if tokens[:n] == ids[start : start + n]:

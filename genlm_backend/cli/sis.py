@@ -96,7 +96,7 @@ def command(
     ] = "smollm2",
     backend: Annotated[
         str | None,
-        typer.Option(help="Engine: hf or mock (no model, only its tokenizer).", show_default="the best one here"),
+        typer.Option(help="Engine: hf, vllm or mock (no model, only its tokenizer).", show_default="the best one here"),
     ] = None,
     temperature: Annotated[
         float, typer.Option(help="Of the proposal. The estimates stay those of the model; only their spread changes.")

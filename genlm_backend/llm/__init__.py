@@ -42,7 +42,11 @@ __all__ = [
     "load_model_by_name",
 ]
 
-BACKENDS: dict[str, type[AsyncTransformer] | type[MockAsyncLM]] = {"hf": AsyncTransformer, "mock": MockAsyncLM}
+BACKENDS: dict[str, type[AsyncTransformer] | type[AsyncVirtualLM] | type[MockAsyncLM]] = {
+    "hf": AsyncTransformer,
+    "vllm": AsyncVirtualLM,
+    "mock": MockAsyncLM,
+}
 
 
 def load_model_by_name(name: str, backend: str | None = None, llm_opts: dict[str, Any] | None = None) -> AsyncLM:
@@ -50,11 +54,12 @@ def load_model_by_name(name: str, backend: str | None = None, llm_opts: dict[str
 
     Args:
         name: 'smollm2' (the demo model), a Hugging Face id, a local folder, or a `.gguf` path.
-        backend: "hf" (transformers) or "mock" (noise; only the tokenizer is read); None is "hf".
+        backend: "hf" (transformers), "vllm" or "mock" (noise; only the tokenizer is read); None is "hf".
         llm_opts: For the backend's `from_name`.
 
     Raises:
         UnknownBackend: No such backend.
+        BackendUnavailable: The package it needs is not installed.
         ModelNotFound, UnsafeWeights, RemoteCodeRefused, UnsupportedModel, VocabularyError: See
             `genlm_backend.errors`.
     """

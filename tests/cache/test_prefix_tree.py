@@ -14,7 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from genlm_backend.cache import prefix_tree
-from genlm_backend.cache.prefix_tree import Match, PrefixTree, Slots, _n_common
+from genlm_backend.cache.prefix_tree import Match, PrefixTree, Slots, n_common
 
 
 def slots_of(match: Match) -> list[int]:
@@ -133,7 +133,7 @@ def test_the_number_of_common_tokens(tokens: list[int], ids: list[int], data: st
     expected = 0
     while expected < min(len(tokens), limit - start) and tokens[expected] == ids[start + expected]:
         expected += 1
-    assert _n_common(tokens, ids, start, limit) == expected
+    assert n_common(tokens, ids, start, limit) == expected
 
 
 def test_a_path_of_100_000_tokens_needs_no_recursion() -> None:
@@ -294,10 +294,10 @@ def test_the_machine_finds_a_wrong_tree(mutant: type[PrefixTree]) -> None:
 
 def test_the_machine_finds_a_search_that_stops_one_token_early(monkeypatch: pytest.MonkeyPatch) -> None:
     def early(tokens: list[int], ids: list[int], start: int, limit: int) -> int:
-        n = _n_common(tokens, ids, start, limit)
+        n = n_common(tokens, ids, start, limit)
         return n - 1 if n > 2 else n
 
-    monkeypatch.setattr(prefix_tree, "_n_common", early)
+    monkeypatch.setattr(prefix_tree, "n_common", early)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(AgainstADictionary, settings=UNSHRUNK)
 

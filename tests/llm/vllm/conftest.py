@@ -1,0 +1,91 @@
+"""Real engines of vLLM, loaded once for all tests; skipped where vLLM is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from genlm_backend.llm import AsyncTransformer, AsyncVirtualLM
+from tests import architectures
+
+INSTALL = "needs vLLM on CPU: run `make test`, which installs it (docs/vllm.md)"
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 32 * 4  # SmolLM2: layers, keys and values, heads, head size, tokens, float32
+SMOL_OPTIONS = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 12,
+    "kv_cache_memory_bytes": 49 * BLOCK_BYTES,  # of 32 tokens each; little, so that sessions are evicted
+}
+TINY_OPTIONS = {"dtype": "float32", "max_num_seqs": 16, "kv_cache_memory_bytes": 2**24, "block_size": 32}
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where other processes run beside it, an engine of two threads waits for its own."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="session")
+def needs_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip(INSTALL)
+
+
+@pytest.fixture(scope="session")
+def smol(needs_vllm: None, smollm2_path: Path) -> Iterator[AsyncVirtualLM]:
+    """SmolLM2 in float32, with 12 slots and 48 blocks."""
+    llm = AsyncVirtualLM.from_name(str(smollm2_path), SMOL_OPTIONS)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="session")
+def smol_transformer(smollm2_path: Path) -> Iterator[AsyncTransformer]:
+    """The same model through transformers, in float32."""
+    llm = AsyncTransformer.from_name(str(smollm2_path), hf_opts={"dtype": "float32"}, device="cpu")
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_512: PreTrainedTokenizerFast) -> Path:
+    """A small random Llama whose rows depend strongly on what it sees; vLLM has kernels for heads of this size."""
+    folder = tmp_path_factory.mktemp("vllm") / "tiny-llama"
+    sizes = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 3, "initializer_range": 0.1}
+    architectures.build("llama", **sizes).save_pretrained(folder)
+    tiny_tokenizer_512.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(needs_vllm: None, tiny_folder: Path) -> Iterator[AsyncVirtualLM]:
+    """The small model, with 16 slots; a test that breaks it leaves it repaired."""
+    llm = AsyncVirtualLM.from_name(str(tiny_folder), TINY_OPTIONS)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture
+def with_transport() -> Iterator[Callable[[AsyncVirtualLM, str], None]]:
+    """Make an engine use another transport for one test."""
+    from genlm_backend.llm.vllm.self_test import TRANSPORTS
+
+    changed: list[tuple[AsyncVirtualLM, Any]] = []
+
+    def use(llm: AsyncVirtualLM, name: str) -> None:
+        changed.append((llm, llm._engine.transport.name))
+        llm.clear_cache()
+        llm._engine.use(TRANSPORTS[name])
+
+    yield use
+    for llm, name in reversed(changed):
+        llm._engine.use(TRANSPORTS[name])
