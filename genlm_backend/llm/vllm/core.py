@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import random
@@ -299,7 +300,7 @@ def _scan_of_modules_mended() -> Iterator[None]:
     "'_lib_fn_wrapper' object has no attribute 'get'", wherever numba was imported before.
     """
     try:
-        from vllm.triton_utils import dispatcher
+        dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
     except ImportError:  # a release that does not do this
         yield
         return
