@@ -359,6 +359,9 @@ def make_report(options: argparse.Namespace, measured: Measured, started: dict[s
                     for name, of in of_cell.items()
                     if options.steps > 1
                 },
+                "tokens_per_cpu_s": {
+                    name: _spread([s.reply["n_tokens"] / s.reply["cpu_s"] for s in of]) for name, of in of_cell.items()
+                },
                 "peak_bytes": {name: _largest([s.reply["peak_bytes"] for s in of]) for name, of in of_cell.items()},
                 "ours_times": {
                     name: _spread(_paired_ratios(of_cell[_ours(name)], of_cell[name]))
@@ -369,7 +372,9 @@ def make_report(options: argparse.Namespace, measured: Measured, started: dict[s
             }
         )
     return {
-        "command": f"python -m benchmark.engines --cells {','.join(map(str, options.cells))} "
+        "command": "python -m benchmark.engines "
+        + ("" if tuple(options.peers) == DEFAULT_PEERS else f"--peers {','.join(options.peers)} ")
+        + f"--cells {','.join(map(str, options.cells))} "
         f"--repeats {options.repeats} --steps {options.steps} --seed {options.seed} --threads {options.threads}",
         "started": started,
         "commit": _commit(),
@@ -482,6 +487,9 @@ def _tables(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
     if report["options"]["steps"] > 1:
         rows = [[row["cell"], *(_shown(row["step_tokens_per_s"].get(name)) for name in names)] for row in cells]
         yield "Tokens per second after each particle's first token, so without the prompt", header, rows
+    if report["options"]["threads"] == 1:  # several threads spin while they wait, and that is processor time too
+        rows = [[row["cell"], *(_shown(row["tokens_per_cpu_s"].get(name)) for name in names)] for row in cells]
+        yield "Tokens per second of processor time, prompt included; other work hardly disturbs it", header, rows
     others = [name for name in names if name in TARGETS and _ours(name) in names]
     if others:
         titles = [f"ours / {peers[name]['title']}" for name in others]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import random
@@ -231,7 +232,8 @@ def open_core(model: str, options: Mapping[str, Any]) -> Core:
         from vllm.v1.engine.core import EngineCore
 
         try:
-            engine = EngineCore(config, executor, log_stats=False)
+            with _scan_of_modules_mended():
+                engine = EngineCore(config, executor, log_stats=False)
         except Exception as error:
             raise _explained(model, error) from error
         _n_open += 1
@@ -303,6 +305,29 @@ def _quiet() -> Iterator[None]:
     finally:
         del os.environ["VLLM_LOGGING_LEVEL"]
         logger.setLevel(level or logging.WARNING)
+
+
+@contextlib.contextmanager
+def _scan_of_modules_mended() -> Iterator[None]:
+    """On CPU, vLLM looks through the attributes of all modules; llvmlite's library answers for any, `__dict__` too.
+
+    "'_lib_fn_wrapper' object has no attribute 'get'", wherever numba was imported before.
+    """
+    try:
+        dispatcher: Any = importlib.import_module("vllm.triton_utils.dispatcher")
+    except ImportError:  # a release that does not do this
+        yield
+        return
+
+    def variables(value: Any) -> Any:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = variables
+    try:
+        yield
+    finally:
+        del dispatcher.vars
 
 
 @contextlib.contextmanager

@@ -69,6 +69,7 @@ class VirtualEngine(Engine):
         self._n_evicted_tokens = 0
         self._counted = EngineCounts()
         self._is_to_forget = False
+        self._is_dead = False  # another core is to be made, and was not yet
         self._healthy_row: torch.Tensor | None = None
 
     # ---- Engine
@@ -81,6 +82,8 @@ class VirtualEngine(Engine):
             Exception: Whatever the forward raises; all sessions are ended then, and the core made anew if need be.
         """
         with self._lock, torch.inference_mode():
+            if self._is_dead:
+                self._restart()
             _prepare_thread(self.core.device)
             if self._is_to_forget:
                 self._forget()
@@ -96,6 +99,8 @@ class VirtualEngine(Engine):
     def uncached(self, contexts: Sequence[Context]) -> torch.Tensor:
         """Rows of requests of their own that read no cache: the oracle. Shape as in `evaluate`; from any thread."""
         with self._lock, torch.inference_mode():
+            if self._is_dead:
+                self._restart()
             _prepare_thread(self.core.device)
             return self._uncached(contexts)
 
@@ -128,7 +133,8 @@ class VirtualEngine(Engine):
         """See `Engine`."""
         with self._lock:
             self._ledger.clear()
-            self.core.close()
+            if not self._is_dead:
+                self.core.close()
 
     # ---- choosing a transport
 
@@ -326,15 +332,19 @@ class VirtualEngine(Engine):
             self._restart()
 
     def _restart(self) -> None:
-        core = self.core
-        self._counted = self._counted._replace(
-            forwards=self._counted.forwards + core.n_steps,
-            tokens_computed=self._counted.tokens_computed + core.n_computed,
-        )
-        core.close()
-        self._ledger.clear()
+        """Make another core; where that fails, the next batch tries again."""
+        if not self._is_dead:
+            core, self._is_dead = self.core, True
+            self._counted = self._counted._replace(
+                forwards=self._counted.forwards + core.n_steps,
+                tokens_computed=self._counted.tokens_computed + core.n_computed,
+            )
+            core.n_steps = core.n_computed = 0
+            self._ledger.clear()
+            core.close()
         self.core = self._make_core()
         self.transport = self._make_transport(self.core)
+        self._is_dead = False
         self._count(restarted=1)
 
     def _probe(self) -> Context:

@@ -26,8 +26,8 @@ def asked(*ids: tuple[int, ...]) -> list[Context]:
 
 def check(engine: VirtualEngine, contexts: list[Context]) -> None:
     """Rows are those of the contexts, in their order; sessions and requests agree."""
-    core: Any = engine.core
     rows = engine.evaluate(contexts)
+    core: Any = engine.core
     assert torch.equal(rows, torch.stack([core.row(context.token_ids) for context in contexts]))
     engine._ledger.check_integrity()
     assert set(engine._ledger.names()) == set(core.requests)
@@ -216,6 +216,22 @@ def test_a_dead_core_is_made_anew_and_the_counts_go_on() -> None:
     assert len(cores) == 2 and cores[0].is_closed and engine.tally.restarted == 1
     check(engine, asked((*PROMPT, 1)))
     assert engine.counts().tokens_computed >= before.tokens_computed + 6
+
+
+def test_where_no_other_core_can_be_made_the_next_batch_tries_again() -> None:
+    engine, cores = make_engine()
+    check(engine, asked(PROMPT))
+    cores[0].is_dead = True
+    make, engine._make_core = engine._make_core, lambda: (_ for _ in ()).throw(MemoryError("no room for another"))
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            engine.evaluate(asked((*PROMPT, 1)))
+        assert engine.counts().kv_tokens == 0
+    engine._make_core = make
+    check(engine, asked((*PROMPT, 1)))
+    assert len(cores) == 2 and engine.tally.restarted == 1
+    engine.close()
+    assert all(core.is_closed for core in cores)
 
 
 def test_a_core_that_computes_something_else_after_a_failure_is_made_anew() -> None:
