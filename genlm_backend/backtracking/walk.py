@@ -28,7 +28,7 @@ is removed although filters left some tokens out, those come back for that one d
 Importance weights. `outcome.log_weight` w makes E[exp(w) f(text)] = sum over texts in C of p(text) f(text), with p the
 model itself: a proper weight, so that a walk can be the proposal of a particle. It is there without rules; in modes
 `exact` and `mask` with `weigh=True`, which goes on after the accepted text (or token) until a second one is accepted.
-If b_0 ... b_m are the masses left when 0 ... m objections had been made in all, 1 / (1/b_0 + ... + 1/b_m) is an unbiased
+If b_0 ... b_m are the masses left when 0 ... m objections had been made, 1 / (1/b_0 + ... + 1/b_m) is an unbiased
 estimate of the mass of C, independent of the text (derived in docs/backtracking/modes.md). Elsewhere it is None.
 """
 
@@ -59,6 +59,7 @@ from genlm_backend.backtracking.distribution import (
     scaled_row,
 )
 from genlm_backend.backtracking.rules import (
+    EVERYTHING,
     KEEP,
     AllOf,
     BoolRow,
@@ -232,6 +233,7 @@ class _Path:
     log_qs: list[float] = field(default_factory=list)
     edges: list[float] = field(default_factory=list)
     log_masses: list[float] = field(default_factory=list)
+    finals: list[int] = field(default_factory=lambda: [0])
 
     def append(self, token_id: int, state: Any, name: int, drawn: _Drawn) -> None:
         self.ids.append(token_id)
@@ -241,13 +243,24 @@ class _Path:
         self.log_qs.append(drawn.log_q)
         self.edges.append(drawn.edge)
         self.log_masses.append(drawn.log_mass)
+        self.finals.append(0)
 
     def cut(self, n: int) -> None:
         """Keep the first n tokens."""
         for entries in (self.ids, self.logprobs, self.log_qs, self.edges, self.log_masses):
             del entries[n:]
-        del self.states[n + 1 :]
-        del self.names[n + 1 :]
+        for per_prefix in (self.states, self.names, self.finals):
+            del per_prefix[n + 1 :]
+
+    def settle(self, hold: int) -> int:
+        """How many tokens no chain of rollbacks can reach any more, the last `hold` of all being open to one.
+
+        What a rollback leads to has tokens of its own that may still be taken back, as they were when it was the end.
+        """
+        n = len(self.ids)
+        first = max(0, n - hold)
+        self.finals[n] = min([first, *self.finals[first:n]])
+        return self.finals[n]
 
     def copy(self) -> _Path:
         return _Path(*(list(getattr(self, name)) for name in self.__slots__))
@@ -292,6 +305,7 @@ def walk(
     lineage: tuple[int, ...] = (),
     overlay: Overlay | None = None,
     weigh: bool = False,
+    hold: int | None = None,
     state: Any = None,
     encode: Callable[[bytes], Sequence[int]] | None = None,
     lora_name: str | None = None,
@@ -317,6 +331,9 @@ def walk(
         lineage: Tells walks with one seed apart.
         overlay: Shared with other walks, in mode `exact`; None has its own.
         weigh: Estimate an importance weight, in modes `exact` and `mask`.
+        hold: Most tokens that may be taken back at any time: a reader waits for no more, and rollbacks end there. None
+            is as many as the rules can reach, one rollback after another; that is all of them for most rules that take
+            back more than one token, and the length of the partial match for phrases.
         state: Of the rules at the prompt: the `state` of an outcome that this walk continues.
         encode: From the text of a splice to tokens; None takes the tokenizer.
         lora_name: The adapter.
@@ -336,6 +353,8 @@ def walk(
         raise InvalidQuery(f"when_exhausted is {when_exhausted!r}; expected one of {', '.join(WHEN_EXHAUSTED)}")
     if max_new_tokens < 0:
         raise InvalidQuery(f"max_new_tokens is {max_new_tokens!r}; expected 0 or more")
+    if hold is not None and hold < 0:
+        raise InvalidQuery(f"hold is {hold!r}; expected 0 or more, or None")
     if overlay is not None and mode != "exact":
         raise InvalidQuery("an overlay is shared in mode 'exact' only: elsewhere it belongs to the kept prefix")
     members = list(rules) if isinstance(rules, list | tuple) else [rules]
@@ -362,6 +381,7 @@ def walk(
         seed=sampling.fresh_seed() if seed is None else seed,
         lineage=lineage,
         weigh=weigh,
+        hold=EVERYTHING if hold is None else hold,
         state=state,
         encode=encode,
         adapter=lora_name,
@@ -383,6 +403,7 @@ class _Setting:
     seed: int
     lineage: tuple[int, ...]
     weigh: bool
+    hold: int
     state: Any
     encode: Callable[[bytes], Sequence[int]] | None
     adapter: str | None
@@ -554,7 +575,7 @@ class Walk:
         path.append(token_id, state, self._name(path.names[-1], token_id), drawn)
         verdict = self._effective(verdict)
         n_healed, self._n_healed = self._n_healed, 0
-        if isinstance(verdict, Keep) and not self._pending:
+        if isinstance(verdict, Keep):
             self._keep(verdict.hold)
         piece = self._set.llm.byte_vocab[token_id].byte_string
         told: list[Event] = [Forced(token_id, piece, n_healed, splice.why, self.n_final)]
@@ -686,8 +707,9 @@ class Walk:
         if self._set.mode == "exact":
             return
         reach = self._set.rule.reach
-        held = max(hold, 0 if reach is None else reach - 1)
-        final = len(self._path.ids) - held
+        hold = max(hold, 0 if reach is None else reach - 1)
+        n = len(self._path.ids)
+        final = max(self._path.settle(hold), n - self._set.hold)
         if final > self.n_final:
             self._root = tree.at(self._root, self._path.ids[self.n_final : final])
             self.n_final = final
