@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from genlm_backend.backtracking.phrases import Phrases, phrases
+from genlm_backend.backtracking.regexes import Regexes, regexes
 from genlm_backend.backtracking.rules import (
     KEEP,
     AllOf,
@@ -32,6 +34,10 @@ from genlm_backend.backtracking.walk import (
 )
 
 __all__ = [
+    "Phrases",
+    "phrases",
+    "Regexes",
+    "regexes",
     "AllOf",
     "Budget",
     "Choices",

@@ -176,6 +176,7 @@ class Step(NamedTuple):
             rule `sees` only the token.
         is_special: The token is no text.
         is_end: The token ends the text.
+        byte_vocab: The bytes of every token.
         muted: Where in a composition the rule is that writes this token, and is not asked about it.
     """
 
@@ -187,6 +188,7 @@ class Step(NamedTuple):
     dist: Distribution | None = None
     is_special: bool = False
     is_end: bool = False
+    byte_vocab: Sequence[Token] = ()
     muted: tuple[int, ...] = ()
 
     @property

@@ -942,6 +942,7 @@ class Walk:
             dist=drawn.dist,
             is_special=token.is_special,
             is_end=drawn.token_id in self._set.eos,
+            byte_vocab=self._set.llm.byte_vocab,
         )
 
     def _name(self, parent: int, token_id: int) -> int:
