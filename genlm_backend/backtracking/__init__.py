@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from genlm_backend.backtracking.chat import ChatPipeline
+from genlm_backend.backtracking.generator import GenerationSession, Generator, StepResult
+from genlm_backend.backtracking.operators import (
+    EntropyThreshold,
+    LogitThreshold,
+    Never,
+    NGramOverlap,
+    Operator,
+    ProbabilityDrop,
+    ProbabilityMargin,
+    ProbabilityThreshold,
+    ProbabilityTrend,
+    Repetition,
+    operator_rule,
+)
 from genlm_backend.backtracking.phrases import Phrases, phrases
+from genlm_backend.backtracking.procedures import AdaptiveTemperature, Creative, Human, Replace, Tell
+from genlm_backend.backtracking.providers import BaseProvider, TransformersProvider
 from genlm_backend.backtracking.regexes import Regexes, regexes
 from genlm_backend.backtracking.rules import (
     KEEP,
@@ -19,7 +36,18 @@ from genlm_backend.backtracking.rules import (
     all_of,
     rule,
 )
+from genlm_backend.backtracking.sampler import BacktrackSampler, TokenStream
 from genlm_backend.backtracking.stopping import StopStrings
+from genlm_backend.backtracking.strategies import (
+    AdaptiveTemperatureStrategy,
+    AntiSlopStrategy,
+    BaseStrategy,
+    ChainStrategy,
+    CreativeWritingStrategy,
+    DebugStrategy,
+    HumanGuidanceStrategy,
+    ReplaceStrategy,
+)
 from genlm_backend.backtracking.walk import (
     Budget,
     End,
@@ -34,32 +62,64 @@ from genlm_backend.backtracking.walk import (
 )
 
 __all__ = [
-    "Phrases",
-    "phrases",
-    "Regexes",
-    "regexes",
+    "AdaptiveTemperature",
+    "AdaptiveTemperatureStrategy",
     "AllOf",
+    "AntiSlopStrategy",
+    "BacktrackSampler",
+    "BaseProvider",
+    "BaseStrategy",
     "Budget",
+    "ChainStrategy",
+    "ChatPipeline",
     "Choices",
+    "Creative",
+    "CreativeWritingStrategy",
+    "DebugStrategy",
     "End",
+    "EntropyThreshold",
     "Event",
     "Forced",
+    "GenerationSession",
+    "Generator",
     "Halt",
+    "Human",
+    "HumanGuidanceStrategy",
     "KEEP",
     "Keep",
+    "LogitThreshold",
+    "NGramOverlap",
+    "Never",
+    "Operator",
     "Outcome",
     "Overlay",
+    "Phrases",
+    "ProbabilityDrop",
+    "ProbabilityMargin",
+    "ProbabilityThreshold",
+    "ProbabilityTrend",
     "Prompt",
+    "Regexes",
+    "Repetition",
+    "Replace",
+    "ReplaceStrategy",
     "Retract",
     "Rule",
     "Sees",
     "Splice",
     "Step",
+    "StepResult",
     "StopStrings",
+    "Tell",
     "Token",
+    "TokenStream",
+    "TransformersProvider",
     "Undo",
     "Walk",
     "all_of",
+    "operator_rule",
+    "phrases",
+    "regexes",
     "rule",
     "walk",
 ]

@@ -38,7 +38,7 @@ class Characters(NamedTuple):
         return Characters("", b"", (0, self.tokens))
 
     def n_tokens(self, n_characters: int) -> int:
-        """In how many of the last tokens so many of the last characters began, a partial one besides; at most in all."""
+        """In how many of the last tokens so many last characters began, a partial one besides; at most in all."""
         n, chain = 0, self.tokens
         n_characters += bool(self.partial)
         while n_characters > 0 and chain is not None:

@@ -216,14 +216,20 @@ def _of(dist: Distribution, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_
     return mask if dist.token_ids is None else mask[dist.token_ids]
 
 
-def reweighed(dist: Distribution, reweigh: Callable[[Floats], Floats], n_vocab: int) -> Distribution:
-    """The distribution after a rule has changed its filtered log-probabilities, given to it as a whole row."""
-    row = np.full(n_vocab, -math.inf, np.float32)
-    if dist.token_ids is None:
-        row[:] = dist.log_q
-        return replace(dist, log_q=_normalised(reweigh(row)))
-    row[dist.token_ids] = dist.log_q
-    return replace(dist, log_q=_normalised(reweigh(row)[dist.token_ids]))
+def reweighed(dist: Distribution, row: Floats, reweigh: Callable[[Floats], Floats]) -> Distribution:
+    """The distribution after a rule has changed its filtered log-probabilities, which it may also give to others.
+
+    Args:
+        dist: Of some tokens, or of all.
+        row: (vocab,) of the model.
+        reweigh: From a (vocab,) float32 row to another, normalised or not.
+    """
+    q = np.full(len(row), -math.inf, np.float32)
+    q[slice(None) if dist.token_ids is None else dist.token_ids] = dist.log_q
+    q = _normalised(reweigh(q).astype(np.float64))
+    found = np.flatnonzero(q > -math.inf)
+    token_ids: Ids = found[np.lexsort((found, -q[found]))].astype(np.int64)
+    return replace(dist, token_ids=token_ids, logprobs=row[token_ids], log_q=q[token_ids], _logits=None)
 
 
 def best_of(dist: Distribution, log_scores: Floats) -> int | None:

@@ -56,13 +56,16 @@ class Search:
         words: Only at the edges of words.
         fold: Without case.
         skip_tokens: So many first tokens are not searched.
+        n_more: Characters of the text to keep besides those of the longest phrase.
 
     Raises:
         ValueError: No phrase, an empty one, or a share outside of [0, 1).
     """
 
-    def __init__(self, phrases: Mapping[str, float], *, words: bool, fold: bool, skip_tokens: int = 0) -> None:
-        self.words, self.fold, self.skip_tokens = words, fold, skip_tokens
+    def __init__(
+        self, phrases: Mapping[str, float], *, words: bool, fold: bool, skip_tokens: int = 0, n_more: int = 0
+    ) -> None:
+        self.words, self.fold, self.skip_tokens, self.n_more = words, fold, skip_tokens, n_more
         self.keeps: dict[str, float] = {}
         for phrase, keep in phrases.items():
             if not phrase or not 0 <= keep < 1:
@@ -100,7 +103,7 @@ class Search:
         return state.characters.n_tokens(max(self._open_depth(state), *state.pending, 0))
 
     def _read(self, state: Searched, piece: bytes) -> tuple[Searched, list[Found]]:
-        characters, new = state.characters.extended(piece, self.longest + 1, self.fold)
+        characters, new = state.characters.extended(piece, self.longest + 1 + self.n_more, self.fold)
         found: list[Found] = []
         at, pending = state.at, state.pending
         before = state.characters.tail

