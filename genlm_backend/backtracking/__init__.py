@@ -48,6 +48,7 @@ from genlm_backend.backtracking.strategies import (
     HumanGuidanceStrategy,
     ReplaceStrategy,
 )
+from genlm_backend.backtracking.trace import Trace
 from genlm_backend.backtracking.walk import (
     Budget,
     End,
@@ -112,6 +113,7 @@ __all__ = [
     "StopStrings",
     "Tell",
     "Token",
+    "Trace",
     "TokenStream",
     "TransformersProvider",
     "Undo",

@@ -57,9 +57,10 @@ class Filters(NamedTuple):
             raise InvalidQuery(f"top_p is {self.top_p!r}; expected above 0 and at most 1, or None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise InvalidQuery(f"min_p is {self.min_p!r}; expected 0 to 1, or None")
+        is_greedy = self.temperature == 0 or self.top_k == 1
         return Filters(
-            float(self.temperature),
-            int(self.top_k) if self.top_k else None,
+            0.0 if is_greedy else float(self.temperature),
+            int(self.top_k) if self.top_k and self.top_k > 1 else None,
             None if self.top_p == 1 else self.top_p,
             self.min_p or None,
         )
@@ -67,7 +68,7 @@ class Filters(NamedTuple):
     @property
     def is_greedy(self) -> bool:
         """Whether the best token is taken instead of a draw."""
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature == 0
 
     @property
     def divisor(self) -> float:

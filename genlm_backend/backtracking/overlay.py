@@ -84,7 +84,7 @@ def removed(
         root: Not changed.
         path: The tokens of the prefix below the root, at least one.
         probabilities: Of each token given those before, under what is drawn from. 0 for a token that was not drawn but
-            written, or taken as the best one: then nothing is removed above it.
+            written: then nothing is removed above it.
         keep: 0 bans the prefix.
         siblings: Also removed.
     """

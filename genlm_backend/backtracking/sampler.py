@@ -102,7 +102,6 @@ class TokenStream:
             walking = self._begun()
             while self._n_read >= walking.n_final:
                 if walking.is_done:
-                    self.close()
                     raise StopAsyncIteration
                 await walking.advance()
         except BaseException:

@@ -318,7 +318,7 @@ def walk(
         prompt: Text, or token ids.
         rules: A rule, a function of a `Step`, or several of them.
         max_new_tokens: Most tokens of the text; those taken back do not count.
-        temperature: Divides log-probabilities; 0 takes the best token that the rules accept.
+        temperature: Divides log-probabilities; 0 takes the best token, by what is left of its probability.
         top_k: Draws among so many best tokens; 1 is greedy like temperature 0; None or 0 is all.
         top_p: Draws among the fewest best tokens that reach this mass.
         min_p: Draws among tokens at least so many times as probable as the best.
@@ -667,7 +667,7 @@ class Walk:
         filters = self._set.filters
         here = path.names[-1]
         is_at_floor = len(path.ids) == start
-        may_widen = filters.is_greedy or (is_at_floor and not self._restarts)
+        may_widen = is_at_floor and not self._restarts
         if filters.truncates and may_widen and here not in self._wide:
             self._wide.add(here)
             self._known.pop(here, None)
@@ -827,7 +827,7 @@ class Walk:
             return await self._drawn_by_engine(ids, name, mask)
         dist = await self._distribution(ids, name, state)
         scores, log_mass = alive_scores(dist, node, mask)
-        if log_mass < _LOG_GONE and not self._set.filters.is_greedy:
+        if log_mass < _LOG_GONE:
             return None
         if rule.chooses:
             return await self._chosen(dist, scores, ids, state)
@@ -848,15 +848,15 @@ class Walk:
         except NoTokenAllowed:
             return None
         if mask is None:
-            return _Drawn(token_id, logprob, log_q, 0.0 if self._set.filters.is_greedy else math.exp(log_q), None)
+            log_q = logprob if self._set.filters.is_greedy else log_q
+            return _Drawn(token_id, logprob, log_q, math.exp(log_q), None)
         return _Drawn(token_id, logprob, logprob, math.exp(logprob), None, logprob - log_q)
 
     def _as_drawn(self, dist: Distribution, token_id: int, log_mass: float) -> _Drawn:
         i = dist.index(token_id)
         assert i is not None
         log_q = float(dist.log_q[i])
-        edge = 0.0 if self._set.filters.is_greedy else math.exp(log_q)
-        return _Drawn(token_id, float(dist.logprobs[i]), log_q, edge, dist, log_mass)
+        return _Drawn(token_id, float(dist.logprobs[i]), log_q, math.exp(log_q), dist, log_mass)
 
     async def _chosen(self, dist: Distribution, scores: Floats, ids: list[int], state: Any) -> _Drawn | Undo | Splice:
         left = scores > -math.inf
@@ -945,8 +945,6 @@ class Walk:
         ids = path.ids[: fault - 1]
         dist = await self._distribution(ids, path.names[fault - 1], path.states[fault - 1])
         node = tree.at(self._root, ids[self.n_final :])
-        if self._set.filters.is_greedy:
-            return tree.Siblings(mask, 0.0)
         q = dist.probabilities
         return tree.Siblings(mask, tree.sibling_mass(node, mask, path.ids[fault - 1], dist.token_ids, q))
 

@@ -222,7 +222,7 @@ def written(llm: AsyncLM, token_ids: Sequence[int], ends: frozenset[int]) -> str
 
 
 def _load(model: str, backend: str | None, progress: Console) -> AsyncLM:
-    with _status(progress, f"loading {model}") as tell:
+    with status(progress, f"loading {model}") as tell:
         from genlm_backend import sampling
         from genlm_backend.llm import load_model_by_name
         from genlm_backend.llm.demo_model import no_progress_bars, resolve_model
@@ -288,7 +288,7 @@ def _report(found: list[Continuation], lines: list[str], settings: Settings, mod
 
 
 @contextmanager
-def _status(console: Console, first: str) -> Iterator[Callable[[str], None]]:
+def status(console: Console, first: str) -> Iterator[Callable[[str], None]]:
     """Tells what is being done: a spinner in a terminal, a line each elsewhere."""
     if not console.is_terminal:
         said: set[str] = set()

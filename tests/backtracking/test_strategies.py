@@ -79,9 +79,7 @@ def test_slop_that_ends_with_the_text_is_taken_back_with_its_end():
 
 def test_bans_belong_to_prefixes_not_to_positions():
     """After `a` the word is banned, after `c` at the same position another one comes before it."""
-    llm = model(
-        otherwise={"a": 0.5, "c": 0.5}, a={" So": 0.5, " it": 0.5}, c={" So": 0.5, " Some": 0.5}, So={".": 1.0}
-    )
+    llm = model(otherwise={"a": 0.5, "c": 0.5}, a={" So": 0.5, " it": 0.5}, c={" So": 0.5, " Some": 0.5}, So={".": 1.0})
     texts = {text_of(llm, AntiSlopStrategy(llm, ["So."]), seed=s, max_new_tokens=2) for s in range(30)}
     assert texts == {"a So", "a it", "c So", "c Some"}, "what is at fault is the whole phrase"
 
@@ -90,7 +88,7 @@ def test_tokens_are_final_as_soon_as_nothing_can_match():
     llm = model(otherwise={"a": 1.0}, a={" So": 1.0}, So={" it": 1.0})
     stream = BacktrackSampler(llm, AntiSlopStrategy(llm, "So.")).generate("<p>", max_new_tokens=5, seed=0)
     seen = [(next(stream), stream.outcome().token_ids) for _ in range(4)]
-    assert [len(walked) - i - 1 for i, (_, walked) in enumerate(seen)] == [0, 1, 0, 1]
+    assert [len(walked) - i - 1 for i, (_, walked) in enumerate(seen)] == [0, 1, 0, 0]
     stream.close()
 
 
@@ -106,7 +104,7 @@ def test_a_phrase_is_replaced_once_with_the_seam_it_had():
 def test_a_replacement_is_not_searched_again_and_is_counted_per_replacement():
     llm = model(otherwise={"So": 1.0}, So={".": 1.0})
     strategy = ReplaceStrategy(llm, ["So."], "So.a", max_replacements=2)
-    assert text_of(llm, strategy, max_new_tokens=8) == "So.aSo.aSo"
+    assert text_of(llm, strategy, max_new_tokens=8) == "So.aSo.aSo."
 
 
 def test_a_phrase_too_probable_to_be_replaced_stays():
@@ -160,13 +158,15 @@ def test_creative_writing_returns_to_its_last_risk_where_all_is_flat():
     )
     outcomes = []
     for seed in range(40):
-        stream = BacktrackSampler(llm, CreativeWritingStrategy(llm)).generate("<p>", max_new_tokens=2, seed=seed)
+        stream = BacktrackSampler(llm, CreativeWritingStrategy(llm, top_k_threshold_flat=8)).generate(
+            "<p>", max_new_tokens=2, seed=seed
+        )
         list(stream)
         outcomes.append(stream.outcome())
     assert any(outcome.n_undos for outcome in outcomes)
-    assert all(VOCAB[outcome.token_ids[0]] == b"c" for outcome in outcomes), (
-        "the second choice, in the place of the risk"
-    )
+    # The unusual choice is that of the flat place itself (there the second best is written), or `.` before it (then c).
+    assert {outcome.text[:1] for outcome in outcomes} == {"c", "."}
+    assert {outcome.text for outcome in outcomes if outcome.text[0] == "."} == {". So"}
 
 
 def test_adaptive_temperature_sharpens_flat_rows():
@@ -248,13 +248,13 @@ def repeats(text):
 
 @pytest.mark.parametrize("in_chain", [False, True])
 def test_a_strategy_of_a_users_runs_alone_and_64_at_once(in_chain):
-    llm = model(otherwise={"a": 0.5, "c": 0.4, ".": 0.1})
+    llm = model(otherwise={"a": 0.5, " it": 0.3, ".": 0.2})
     own = NoRepeat(llm)
-    strategy = ChainStrategy([own, AntiSlopStrategy(llm, "c.")])
+    strategy = ChainStrategy([own, AntiSlopStrategy(llm, " it.")])
     sampler = BacktrackSampler(llm, strategy if in_chain else own)
 
     async def one(seed):
-        return Words().decode([t async for t in sampler.generate("<p>", max_new_tokens=10, seed=seed)])
+        return [VOCAB[t].decode() async for t in sampler.generate("<p>", max_new_tokens=10, seed=seed)]
 
     async def all_at_once():
         together = await asyncio.gather(*(one(seed) for seed in range(64)))
@@ -263,7 +263,7 @@ def test_a_strategy_of_a_users_runs_alone_and_64_at_once(in_chain):
     together, alone = asyncio.run(all_at_once())
     assert together[:8] == alone
     assert all(len(text) == 10 and not repeats(text) for text in together)
-    assert not in_chain or not any("c." in text for text in together)
+    assert any(" it." in "".join(text) for text in together) != in_chain
 
 
 def test_a_strategy_that_builds_on_one_of_ours():
