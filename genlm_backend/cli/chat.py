@@ -99,6 +99,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = list(self._first)
         self._console = Console()
         self._is_terminal = sys.stdin.isatty()
+        self._console.soft_wrap = True
 
     def run(self) -> None:
         """Read, answer, repeat."""
