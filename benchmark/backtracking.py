@@ -1,9 +1,9 @@
 """Committed tokens per second of backtracking walks, beside the two libraries: `python -m benchmark.backtracking`.
 
-Two tasks with the same settings for all: an operator (`ProbabilityThreshold`) beside backtracking-llm, banned phrases
-beside backtrack_sampler. Walks start from one short prompt and each commit a number of tokens. The libraries have one walk at
-a time, so theirs is measured once and is the rate for any number of walks; ours are coroutines. They run in turn,
-round after round, each in a process of its own; the first round warms up.
+Two tasks with the same settings for all: an operator (`ProbabilityThreshold`) beside backtracking-llm, and banned
+phrases beside backtrack_sampler. Walks start from one short prompt and each commit a number of tokens. The libraries
+have one walk at a time, so theirs is measured once and is the rate for any number of walks; ours are coroutines. They
+run in turn, round after round, each in a process of its own; the first round warms up.
 """
 
 from __future__ import annotations

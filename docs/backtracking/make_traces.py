@@ -9,12 +9,15 @@ from genlm_backend import load_model_by_name
 from genlm_backend.backtracking import Creative, ProbabilityThreshold, Replace, Trace, operator_rule, phrases, walk
 
 PROMPT = "Once upon a time, there was a"
-BANNED = ["little girl", "young girl", "small village", "who lived", "named", "kingdom", "city"]
+BANNED = ["new", "the", "of", "called", "without"]
 RUNS = {
     "phrases": ({"rules": phrases(BANNED)}, "Phrases, mode local"),
     "exact": ({"rules": phrases(BANNED), "mode": "exact"}, "Phrases, mode exact"),
     "operator": ({"rules": operator_rule(ProbabilityThreshold(0.05)), "top_k": 50}, "ProbabilityThreshold(0.05)"),
-    "replace": ({"rules": Replace(["girl", "boy", "man", "woman"], "robot")}, "Replace: a robot"),
+    "replace": (
+        {"rules": Replace(["management", "organization", "town", "girl"], "robot", max_replacements=3)},
+        "Replace: a robot",
+    ),
     "creative": ({"rules": Creative(top_k_threshold_flat=4), "top_k": 50}, "Creative writing"),
 }
 
