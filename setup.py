@@ -58,6 +58,7 @@ setup(
         "rich>=13.8",
         "graphviz>=0.20",
         "typer>=0.15",
+        "regex>=2024.11",  # of transformers too; bans of backtracking walks need its partial matches
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["genlm-backend = genlm_backend.cli:main"]},

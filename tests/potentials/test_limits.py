@@ -75,7 +75,6 @@ def test_there_are_enough_of_them() -> None:
         ({"source_bytes": 10}, 'start: "a" "b" "c"'),
         ({"nesting": 2}, 'start: ((("a")))'),
         ({"lexer_states": 20}, "start: /[ab]*a[ab]{25}/"),
-        ("start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(9)) + "A9: /[a-z]/",),
         ({"row_items": 20}, 'start: e\ne: e e e | e e | "a"'),
         ({"grammar_symbols": 20}, "start: " + " | ".join(f'"{i}" start "x"' for i in range(30))),
     ],
