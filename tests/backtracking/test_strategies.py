@@ -79,9 +79,7 @@ def test_slop_that_ends_with_the_text_is_taken_back_with_its_end():
 
 def test_bans_belong_to_prefixes_not_to_positions():
     """After `a` the word is banned, after `c` at the same position another one comes before it."""
-    llm = model(
-        otherwise={"a": 0.5, "c": 0.5}, a={" So": 0.5, " it": 0.5}, c={" So": 0.5, " Some": 0.5}, So={".": 1.0}
-    )
+    llm = model(otherwise={"a": 0.5, "c": 0.5}, a={" So": 0.5, " it": 0.5}, c={" So": 0.5, " Some": 0.5}, So={".": 1.0})
     texts = {text_of(llm, AntiSlopStrategy(llm, ["So."]), seed=s, max_new_tokens=2) for s in range(30)}
     assert texts == {"a So", "a it", "c So", "c Some"}, "what is at fault is the whole phrase"
 
