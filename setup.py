@@ -11,6 +11,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "demo": ["gguf>=0.10", "accelerate>=1.1"],
     "grammar": ["llguidance>=1.7,<2", "lark>=1.2"],
+    "openai": ["openai>=1.60"],
     "viz": ["pygraphviz>=2.0"],  # its wheel bundles Graphviz, for machines without the command dot
     "test": [
         "jsonschema[format-nongpl]>=4.23",
@@ -43,7 +44,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["genlm_backend", "genlm_backend.*"]),
-    package_data={"genlm_backend": ["py.typed"]},
+    package_data={"genlm_backend": ["py.typed", "backtracking/grammars/*.lark"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
