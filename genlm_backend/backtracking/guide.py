@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _N_HEALED = 3  # tokens before a seam that are written anew, so that the model may join across it
 _MOST_OF_A_CANDIDATE = 24  # tokens
+_WORDS_REPLACED = 3  # by a candidate, at most, where the rest is put back
 
 
 class Correction(NamedTuple):
@@ -188,7 +189,7 @@ async def _correct(
 ) -> bool:
     """Write a terminal that the grammar expects where it stops; whether there is one."""
     expected = parser.expected(prediction)
-    prefix = expected.prefix
+    prefix = expected.prefix[: parser.n_viable(expected.prefix)]
     usable = [c for c in expected.candidates if c.is_regex or parser.is_viable(_joined(prefix, c.text))]
     if not usable:
         state.replace(prefix, prediction)
@@ -205,10 +206,11 @@ async def _correct(
             return False
         chosen, corrected = plain[0], _joined(prefix, plain[0])
     rest = prediction[len(prefix) :]
-    for filled in (rest, re.sub(r"^\s*\S+", "", rest)):
-        if filled.strip() and parser.is_viable(corrected + filled):
-            corrected, kind = corrected + filled, f"{kind}_middle_fill"
+    for _ in range(_WORDS_REPLACED + 1):
+        if rest.strip() and parser.is_viable(corrected + rest):
+            corrected, kind = corrected + rest, f"{kind}_middle_fill"
             break
+        rest = re.sub(r"^\s*\S+", "", rest)
     state.replace(prefix, prediction)
     state.write(corrected[len(prefix) :], "candidate")
     state.corrections.append(Correction(prediction, corrected, chosen, kind))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).with_name("grammars")
 _KIND = "Lark grammar"
+_SKIP_FIRST = '%llguidance {"allow_initial_skip": true}'
 
 
 class Candidate(NamedTuple):
@@ -57,12 +58,14 @@ class Parser:
         self.limits = limits or Limits()
         self.refusal: InvalidGrammar | None = None
         self._lark = _loaded(source, folder)
+        # lark skips what is ignored before the first terminal too
+        self._for_llguidance = source if "%llguidance" in source else f"{_SKIP_FIRST}\n{source}"
         self._ignored = set(self._lark.ignore_tokens)
         self._terminals = {terminal.name: terminal.pattern for terminal in self._lark.terminals}
         self._bytes = GrammarVocabulary([Token(i, bytes([i])) for i in range(256)])
         self._grammar: Grammar | None = None
         try:
-            self._grammar = Grammar.lark(self._bytes, source, limits=self.limits)
+            self._grammar = Grammar.lark(self._bytes, self._for_llguidance, limits=self.limits)
         except InvalidGrammar as refusal:
             self.refusal = refusal
 
@@ -79,7 +82,7 @@ class Parser:
         """
         if self.refusal is not None:
             raise UnsupportedGrammar(_KIND, f"no masks, because {self.refusal.data[1]}", "check instead of masking")
-        return Grammar.lark(llm, self.source, limits=self.limits)
+        return Grammar.lark(llm, self._for_llguidance, limits=self.limits)
 
     def is_valid(self, text: str) -> bool:
         """Whether it is a whole text of the grammar."""

@@ -14,11 +14,11 @@ from genlm_backend.tokenization import Token
 SHIPPED = {
     "json": (['{"a": [1, -2.5e3, null], "b": {}}', '"\\u00e9"', "true"], ['{"a" 1}', "{'a': 1}", "01", "[1,]"]),
     "arithmetic": (["1 + (2*3)**2", "-4/2"], ["1 +* 2", "(1", "2 2"]),
-    "robot": (["move north 3; repeat 2 { turn left; take lamp }"], ["move up 1", "turn", "repeat 0 { turn left }"]),
+    "robot": (["  move north 3; repeat 2 { turn left; take lamp }"], ["move up 1", "turn", "repeat 0 { turn left }"]),
     "sql": (
         [
             "SELECT * FROM students WHERE name LIKE 'Dan%';",
-            "SELECT DISTINCT s.name AS n, COUNT(*) FROM students AS s LEFT JOIN marks ON s.id = marks.id GROUP BY s.name",
+            "SELECT DISTINCT s.name AS n, COUNT(*) FROM students AS s LEFT JOIN marks ON s.id = marks.id GROUP BY n",
             "SELECT a FROM t WHERE a NOT IN (1, 2) AND (b IS NOT NULL OR c >= 3.5) ORDER BY a DESC LIMIT 3 OFFSET 1",
             "SELECT a FROM t UNION ALL SELECT b FROM (SELECT b FROM u)",
         ],
