@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from genlm_backend.backtracking.chat import ChatPipeline
 from genlm_backend.backtracking.generator import GenerationSession, Generator, StepResult
+from genlm_backend.backtracking.grammar_rule import GrammarRule
+from genlm_backend.backtracking.guide import Correction, Guided, aguide, choose_candidate, guide
 from genlm_backend.backtracking.operators import (
     EntropyThreshold,
     LogitThreshold,
@@ -17,6 +19,7 @@ from genlm_backend.backtracking.operators import (
     Repetition,
     operator_rule,
 )
+from genlm_backend.backtracking.parser import Parser, load_parser, obtain_correction_pairs
 from genlm_backend.backtracking.phrases import Phrases, phrases
 from genlm_backend.backtracking.procedures import AdaptiveTemperature, Creative, Human, Replace, Tell
 from genlm_backend.backtracking.providers import BaseProvider, TransformersProvider
@@ -48,6 +51,7 @@ from genlm_backend.backtracking.strategies import (
     HumanGuidanceStrategy,
     ReplaceStrategy,
 )
+from genlm_backend.backtracking.text_models import OpenAICompatible
 from genlm_backend.backtracking.trace import Trace
 from genlm_backend.backtracking.walk import (
     Budget,
@@ -63,6 +67,16 @@ from genlm_backend.backtracking.walk import (
 )
 
 __all__ = [
+    "Correction",
+    "GrammarRule",
+    "Guided",
+    "OpenAICompatible",
+    "Parser",
+    "aguide",
+    "choose_candidate",
+    "guide",
+    "load_parser",
+    "obtain_correction_pairs",
     "AdaptiveTemperature",
     "AdaptiveTemperatureStrategy",
     "AllOf",

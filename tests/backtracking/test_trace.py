@@ -43,9 +43,7 @@ def test_what_was_taken_back_is_struck_out_where_it_stood():
 
 
 def test_the_kept_pieces_are_the_text():
-    _, outcome = outcome_of(
-        phrases("so"), otherwise={" So": 0.9, " it": 0.1}, So={".": 1.0}, it={" So": 0.9, ".": 0.1}
-    )
+    _, outcome = outcome_of(phrases("so"), otherwise={" So": 0.9, " it": 0.1}, So={".": 1.0}, it={" So": 0.9, ".": 0.1})
     assert outcome.n_undos > 0
     pieces = pieces_of(outcome.events)
     assert b"".join(p.text for p in pieces if p.kind != "retracted").decode() == outcome.text
