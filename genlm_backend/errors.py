@@ -10,6 +10,10 @@
             WeightsMismatch
             InvalidDevice
             NoSuchNode
+            InvalidPotential
+            InvalidGrammar
+                UnsupportedGrammar
+                GrammarTooComplex
         UnknownBackend (ValueError)
             UnknownTrieBackend
         BackendUnavailable (ImportError)    the environment: install something
@@ -132,6 +136,32 @@ class NoSuchNode(InvalidRequest):
     def message(*data: object) -> str:
         node, n_nodes = data
         return f"the trie has no node {node!r}; expected 0 to {int(str(n_nodes)) - 1}, or a prefix of one of its tokens"
+
+
+class InvalidPotential(InvalidRequest):
+    """A potential cannot be made, or used, like this. Data: what came, what was expected."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        came, expected = data
+        return f"got {came}; expected {expected}"
+
+
+class InvalidGrammar(InvalidRequest):
+    """A grammar, schema or expression is none. Data: what it was read as, what is wrong with it, what to do."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        what, wrong, remedy = data
+        return f"{what}: {wrong}; {remedy}"
+
+
+class UnsupportedGrammar(InvalidGrammar):
+    """A grammar uses a feature that its engine does not have; data as in `InvalidGrammar`, the feature named."""
+
+
+class GrammarTooComplex(InvalidGrammar):
+    """A grammar needs more time, states or memory than its limits allow; data as in `InvalidGrammar`."""
 
 
 class UnknownBackend(GenlmError, ValueError):
