@@ -129,7 +129,7 @@ def log_expected_estimate(mass: float, rates: Floats) -> float:
     rates = np.asarray(rates, np.float64)
     if len(rates) == 2 and math.isclose(rates[0] - rates[1], mass, rel_tol=1e-12):
         return math.log(rates[0])  # the sum telescopes
-    logs = _log_products(np.arange(_DIRECT_TERMS) * mass, rates)
+    logs = _log_products(np.arange(_DIRECT_TERMS, dtype=np.float64) * mass, rates)
     terms = [log_sum_exp(logs)]
     if logs[-1] > terms[0] - 40.0:
         terms.append(_log_tail(mass, rates))
@@ -138,15 +138,15 @@ def log_expected_estimate(mass: float, rates: Floats) -> float:
 
 def _log_products(at: Floats, rates: Floats) -> Floats:
     """log of prod_i r_i / (r_i + s) at each s."""
-    return -np.log1p(at[:, None] / rates).sum(1)
+    return np.asarray(-np.log1p(at[:, None] / rates).sum(1))
 
 
 def _log_tail(mass: float, rates: Floats) -> float:
     """log of the sum of the terms from `_DIRECT_TERMS` on: Euler and Maclaurin, the integral over log s."""
     start = _DIRECT_TERMS * mass
     n_panels = math.ceil(max(0.0, math.log(float(rates[0]) / start)) + 40.0)  # beyond, the integrand falls like 1 / s
-    log_s = ((_NODES + 1.0) / 2.0 + np.arange(n_panels)[:, None]).ravel()
-    s = start * np.exp(log_s)
+    log_s: Floats = ((_NODES + 1.0) / 2.0 + np.arange(n_panels)[:, None]).ravel()
+    s: Floats = np.asarray(start * np.exp(log_s), np.float64)
     log_integral = log_sum_exp(_log_products(s, rates) + np.log(s) + np.log(np.tile(_NODE_WEIGHTS / 2.0, n_panels)))
     (log_first,) = _log_products(np.array([start]), rates)
     slope = float((1.0 / (rates + start)).sum())  # minus the derivative of the log

@@ -9,6 +9,7 @@ import types
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from genlm_backend import sampling
@@ -16,7 +17,7 @@ from genlm_backend.errors import InvalidProgram, NoTokenAllowed, ReplayMismatch
 from genlm_backend.llm.base import AsyncLM
 from genlm_backend.llm.queries import Draw, Drawn, Mask, Query, Row
 from genlm_backend.potentials.base import Potential
-from genlm_backend.smc.distributions import Distribution, LogRow, as_row
+from genlm_backend.smc.distributions import Distribution, Enumerable, LogRow, as_row
 from genlm_backend.smc.lazy_row import LazyRow
 from genlm_backend.smc.proposals import Direct, Proposal, Proposed
 from genlm_backend.smc.recording import Recording
@@ -53,13 +54,14 @@ class Context:
         self.position = 0
         self.log_increment = 0.0
         self.state: Any = None  # of a Particle: its copies begin here instead of running again
-        self.rank: int | None = None  # beam search: which of the most probable values the first draw of a step takes
+        # Beam search and enumeration: which of the most probable values each draw since `begin_step` takes, then the best.
+        self.ranks: tuple[int, ...] | None = None
         self.seed = seed
         self._key_step = 0
         self._recording = recording
         self._twist = 0.0
         self._n_keys = 0
-        self._n_choices = 0
+        self.n_ranked = 0
         self._byte_vocab: Sequence[bytes] | None = None
 
     # ---- randomness
@@ -121,7 +123,7 @@ class Context:
             return int(self._drawn_before(index, known))
         self._byte_vocab = llm.byte_vocab
         key = self._new_key()
-        if self.rank is not None:
+        if self.ranks is not None:
             row = await self._answer(llm, token_ids, Row(), lora_name)
             drawn = self._ranked(row, mask)
         else:
@@ -159,10 +161,10 @@ class Context:
         """
         if self.is_replaying:
             return
-        if isinstance(what, Distribution):
-            self._weigh(float(what.logprob(value)), f"observing {value!r}")
-        else:
+        if isinstance(what, torch.Tensor | np.ndarray):
             self._weigh(float(as_row(what)[value]), f"observing {value!r}")
+        else:
+            self._weigh(float(what.logprob(value)), f"observing {value!r}")
 
     def condition(self, truth: bool) -> None:
         """Keep the particle only if this is true; where it is not, its program ends here."""
@@ -239,9 +241,14 @@ class Context:
         index, known = self._next("recorded")
         if known is not None:
             return known.answer
-        answer = await function()
-        self._put(index, Entry("recorded", answer))
-        return answer
+        where = (self._key_step, self.particle, self._new_key())
+        kept = None if self._recording is None else self._recording.known_draw(where)
+        if kept is None:
+            kept = Proposed(await function(), 0.0)
+            if self._recording is not None:
+                self._recording.keep_draw(where, kept)
+        self._put(index, Entry("recorded", kept.value))
+        return kept.value
 
     def show(self, text: str) -> None:
         """Show this as the text of the particle in pictures, instead of the tokens it has drawn."""
@@ -256,23 +263,27 @@ class Context:
         """Whether the program runs again to where it was: nothing is drawn and nothing weighs."""
         return self.position < self.n_replayed
 
-    def begin_step(self, particle: int, step: int, rank: int | None = None) -> None:
+    def begin_step(self, particle: int, step: int, ranks: tuple[int, ...] | None = None) -> None:
         """From here on, draws are those of this particle at this step."""
-        self.particle, self._key_step, self.rank = particle, step, rank
+        self.particle, self._key_step, self.ranks = particle, step, ranks
         if not self.is_replaying:
             self.step = step
         self.log_increment = 0.0
-        self._n_keys = self._n_choices = 0
+        self._n_keys = self.n_ranked = 0
 
     def finish(self) -> None:
         """End of the program: the twist is taken back; a beam's further copies of one without a draw are no others."""
+        self.take_twist_back()
+        self.end_step()
+
+    def take_twist_back(self) -> None:
+        """The guess of what is still to come is no longer needed."""
         self._weigh(-self._twist, "the end")
         self._twist = 0.0
-        self.end_step()
 
     def end_step(self) -> None:
         """Check the step that ends here."""
-        if self.rank and not self._n_choices:
+        if self.ranks and any(self.ranks) and not self.n_ranked:
             raise Died
         if self.position < len(self.entries):
             raise ReplayMismatch(f"particle {self.particle}", "the end of its program", f"{len(self.entries)} entries")
@@ -332,15 +343,16 @@ class Context:
             raise Died
 
     def _piece(self, what: object, drawn: Proposed) -> bytes | None:
+        if isinstance(what, torch.Tensor | np.ndarray):
+            vocab = self._byte_vocab
+            if drawn.value < 0:
+                return None
+            return bytes(vocab[drawn.value]) if vocab and len(vocab) == len(what) else f"{drawn.value} ".encode()
+        if isinstance(what, Potential):
+            what = Direct(what)
         if isinstance(what, Proposal):
-            return what.piece(drawn.value)
-        if isinstance(what, Potential) or drawn.value is None:
-            return None
-        if isinstance(what, Distribution):
-            return f"{drawn.value} ".encode()
-        if self._byte_vocab is not None and len(self._byte_vocab) == len(what) and drawn.value >= 0:  # type: ignore[arg-type]
-            return bytes(self._byte_vocab[drawn.value])
-        return f"{drawn.value} ".encode()
+            return what.piece(drawn.value) if drawn.value >= 0 else None
+        return None if drawn.value is None else f"{drawn.value} ".encode()
 
     async def _answer(self, llm: AsyncLM, token_ids: Sequence[int], query: Query, lora_name: str | None) -> Any:
         if self._recording is None:
@@ -355,30 +367,34 @@ class Context:
         proposal: LogRow | Distribution | None,
         key: int,
     ) -> Proposed:
+        if isinstance(what, torch.Tensor | np.ndarray):
+            row = as_row(what)
+            return _from_row(row, mask, proposal, key) if self.ranks is None else self._ranked(row, mask)
         if isinstance(what, Potential):
             what = Direct(what)
         if isinstance(what, Proposal):
             if mask is not None or proposal is not None:
                 raise InvalidProgram("ctx.sample of a potential got a mask or a proposal", "multiply the potentials")
-            if self.rank is not None:
-                return self._ranked_symbol(await what.target_row(state))
+            if self.ranks is not None:
+                return self._ranked(await what.target_row(state), None)
             return await what.propose(state, key)
-        if isinstance(what, Distribution):
-            if self.rank is not None:
-                raise InvalidProgram(f"beam search cannot rank {what!r}", "draw from a row of log-probabilities")
+        if not isinstance(what, Distribution):
+            raise InvalidProgram(f"ctx.sample got {what!r}", "give it a row, a distribution, a potential or a proposal")
+        if self.ranks is None:
             return _from_distribution(what, proposal, key)
-        row = as_row(what)
-        if self.rank is not None:
-            return self._ranked(row, mask)
-        return _from_row(row, mask, proposal, key)
+        if not isinstance(what, Enumerable):
+            raise InvalidProgram(f"the values of {what!r} cannot be ranked", "draw from one that has `support()`")
+        values = sorted(what.support(), key=lambda value: -what.logprob(value))
+        rank = self._next_rank()
+        return Proposed(values[rank], what.logprob(values[rank])) if rank < len(values) else Proposed(None, -math.inf)
 
-    def _ranked_symbol(self, row: torch.Tensor) -> Proposed:
-        return self._ranked(row, None)
+    def _next_rank(self) -> int:
+        assert self.ranks is not None
+        self.n_ranked += 1
+        return self.ranks[self.n_ranked - 1] if self.n_ranked <= len(self.ranks) else 0
 
     def _ranked(self, row: torch.Tensor, mask: Mask | None) -> Proposed:
-        rank = self.rank if self._n_choices == 0 else 0
-        assert rank is not None
-        self._n_choices += 1
+        rank = self._next_rank()
         if mask is not None:
             row = row.masked_fill(~torch.as_tensor(mask), -math.inf)
         if rank >= len(row):
@@ -411,7 +427,10 @@ def _from_row(row: torch.Tensor, mask: Mask | None, proposal: Any, key: int) -> 
     (index,) = sampling.draw(source[None], [key], None, masks).tolist()
     if index < 0:
         return Proposed(-1, -math.inf)
-    (log_mass,) = sampling.log_mass(source[None], masks).tolist()
+    if mask is None:
+        log_mass = float(source.logsumexp(0))
+    else:
+        (log_mass,) = sampling.log_mass(source[None], masks).tolist()
     if proposal is not None:
         return Proposed(index, float(row[index]) - float(source[index]) + log_mass)
     if log_mass > _MASS_TOLERANCE or (mask is None and log_mass < -_MASS_TOLERANCE):

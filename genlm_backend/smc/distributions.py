@@ -28,6 +28,14 @@ class Distribution(Protocol):
         """Its log-probability (or log-density), nats."""
 
 
+@runtime_checkable
+class Enumerable(Distribution, Protocol):
+    """A distribution over few values, which beam search and exact enumeration can list."""
+
+    def support(self) -> Sequence[Any]:
+        """All values of positive probability, each once."""
+
+
 class Bernoulli(NamedTuple):
     """True with probability `p`, else False."""
 
@@ -39,6 +47,9 @@ class Bernoulli(NamedTuple):
     def logprob(self, value: bool) -> float:
         return _log(self.p if value else 1.0 - self.p)
 
+    def support(self) -> list[bool]:
+        return [value for value in (True, False) if self.logprob(value) > -math.inf]
+
 
 class Categorical(NamedTuple):
     """One of `values`, with probabilities in proportion to `weights`."""
@@ -46,7 +57,7 @@ class Categorical(NamedTuple):
     values: Sequence[Hashable]
     weights: Sequence[float]
 
-    def draw(self, key: int) -> Hashable:
+    def draw(self, key: int) -> Any:
         logprobs = torch.tensor([_log(weight) for weight in self.weights], dtype=torch.float64)
         (index,) = sampling.draw(logprobs[None], [key]).tolist()
         if index < 0:
@@ -56,6 +67,10 @@ class Categorical(NamedTuple):
     def logprob(self, value: Hashable) -> float:
         share = math.fsum(w for v, w in zip(self.values, self.weights, strict=True) if v == value)
         return _log(share / math.fsum(self.weights))
+
+    def support(self) -> list[Hashable]:
+        weighed = zip(self.values, self.weights, strict=True)
+        return list(dict.fromkeys(value for value, weight in weighed if weight > 0))
 
 
 class Geometric(NamedTuple):

@@ -160,10 +160,11 @@ class _Run:
                 while self._is_running() and (max_steps is None or len(self.steps) < max_steps):
                     await self._step()
         except InferenceFailed as error:
-            error.result = self._result("failed", error.message(*error.data))
+            failed = self._result("failed", error.message(*error.data))
             if on_failure == "raise":
+                error.result = failed
                 raise
-            return error.result
+            return failed
         finally:
             for strand in self.strands:
                 strand.close()
@@ -278,11 +279,11 @@ class _Run:
         self.strands, self.log_weights = strands, log_weights
         return tuple(parents)
 
-    def _rank(self, i: int, parents: Sequence[int] | None) -> int | None:
+    def _rank(self, i: int, parents: Sequence[int] | None) -> tuple[int, ...] | None:
         """Which of its parent's most probable continuations a particle takes; None draws."""
         if self.settings.method != "beam" or parents is None:
             return None
-        return i - parents.index(parents[i])
+        return (i - parents.index(parents[i]),)
 
     def _resampled(self, step: int, log_weights: list[float]) -> Resampled | None:
         if self._recording is not None and self._recording.is_replay:

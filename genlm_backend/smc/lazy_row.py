@@ -23,7 +23,7 @@ class LazyRow(torch.Tensor):
     @classmethod
     def of(cls, llm: AsyncLM, token_ids: tuple[int, ...], lora_name: str | None) -> Self:
         """The row after these tokens, not asked for yet."""
-        make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make = torch.Tensor._make_wrapper_subclass
         row: Self = make(cls, (len(llm.byte_vocab),), dtype=torch.float32)
         row._ask, row._fetched = (llm, token_ids, lora_name), None
         return row
@@ -35,7 +35,7 @@ class LazyRow(torch.Tensor):
             self._fetched = llm.next_token_logprobs_sync(token_ids, lora_name)
         return self._fetched
 
-    def numpy(self, *, force: bool = False) -> np.ndarray[Any, Any]:  # type: ignore[override]
+    def numpy(self, *, force: bool = False) -> np.ndarray[Any, Any]:
         return self.fetched().numpy(force=force)
 
     def tolist(self) -> Any:
@@ -44,11 +44,13 @@ class LazyRow(torch.Tensor):
     def __array__(self, dtype: Any = None) -> np.ndarray[Any, Any]:
         return np.asarray(self.fetched().numpy(), dtype)
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return "LazyRow(not looked at)" if self._fetched is None else repr(self._fetched)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Any operation sees ordinary tensors; its result is one."""
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.fetched, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        return func(*args, **kwargs)

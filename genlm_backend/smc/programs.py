@@ -88,7 +88,7 @@ def start_of(model: object) -> Start:
 
 
 async def _run_program(ctx: Context, begun: Program) -> Any:
-    outcome = begun.function(ctx, *begun.args, **begun.kwargs)
+    outcome: object = begun.function(ctx, *begun.args, **begun.kwargs)
     if not isinstance(outcome, Awaitable):
         name = getattr(begun.function, "__name__", repr(begun.function))
         raise InvalidProgram(f"{name} is no coroutine function: it returned {outcome!r}", "write it with `async def`")

@@ -194,7 +194,7 @@ def _weights(log_weights: npt.ArrayLike) -> Floats:
     top = values.max(initial=-math.inf)
     if not math.isfinite(top):
         raise InvalidWeights([float(value) for value in values.ravel()[:8]], values.size)
-    return np.exp(values - top)
+    return np.asarray(np.exp(values - top))
 
 
 def _at(points: Floats, weights: Floats) -> Ints:
@@ -202,7 +202,7 @@ def _at(points: Floats, weights: Floats) -> Ints:
     cumulated = weights.cumsum()
     # A point may round up to the end; just below it lies the last particle with weight.
     positions = np.minimum(points * cumulated[-1], np.nextafter(cumulated[-1], 0.0))
-    return np.searchsorted(cumulated, positions, side="right")
+    return np.asarray(np.searchsorted(cumulated, positions, side="right"), np.int64)
 
 
 def _distinct_at(start: float, weights: Floats, n: int) -> Ints:
@@ -212,7 +212,7 @@ def _distinct_at(start: float, weights: Floats, n: int) -> Ints:
         return chosen
     # A weight of exactly 1 / n was hit at both ends: move on to the next one, from the end back where there is none.
     forward = np.maximum.accumulate(chosen - np.arange(n)) + np.arange(n)
-    return np.minimum(forward, len(weights) - n + np.arange(n))
+    return np.asarray(np.minimum(forward, len(weights) - n + np.arange(n)))
 
 
 def _split(weights: Floats, n: int) -> tuple[Ints, Floats]:

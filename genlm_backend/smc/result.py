@@ -291,7 +291,9 @@ class Result:
         found = f"{len(self.steps)} steps, effective sample size {self.ess:.1f} of {self.settings.n_particles}"
         error = f" ± {self.log_evidence_error:.3f}" if not math.isnan(self.log_evidence_error) else ""
         failed = f"; {self.failure}" if self.failure else ""
-        return f"{self.settings.method} {self.status}: log-evidence {self.log_evidence:.4f}{error} nats, {found}{failed}"
+        return (
+            f"{self.settings.method} {self.status}: log-evidence {self.log_evidence:.4f}{error} nats, {found}{failed}"
+        )
 
 
 def _path_row(path: Path) -> dict[str, Any]:

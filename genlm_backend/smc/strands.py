@@ -21,7 +21,7 @@ class Strand(Protocol):
     text: bytes
     log_increments: list[float]
 
-    async def advance(self, particle: int, step: int, rank: int | None = None) -> None:
+    async def advance(self, particle: int, step: int, ranks: tuple[int, ...] | None = None) -> None:
         """Go on to the next checkpoint, or to the end; adds to `log_increments`."""
 
     def fork(self) -> Strand:
@@ -70,7 +70,7 @@ class Live:
         context.n_replayed = len(path.entries)
         return cls(start, context, path)
 
-    async def advance(self, particle: int, step: int, rank: int | None = None) -> None:
+    async def advance(self, particle: int, step: int, ranks: tuple[int, ...] | None = None) -> None:
         """Go on to the next checkpoint.
 
         Cancelled, it is as before its first checkpoint that is not recorded; only `close` makes sense then.
@@ -81,7 +81,7 @@ class Live:
         """
         context = self.context
         n_shown = len(context.entries)
-        context.begin_step(particle, step, rank)
+        context.begin_step(particle, step, ranks)
         try:
             if self._coroutine is None:
                 self._coroutine = self._start(context)
@@ -118,7 +118,7 @@ class Live:
             self._coroutine = None
 
     async def _until_checkpoint(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        is_over, value = await _drive(coroutine)
+        is_over, value = await drive(coroutine)
         if is_over:
             self._coroutine = None
             self.context.finish()
@@ -142,7 +142,7 @@ class Retained:
         self.log_increments: list[float] = []
         self._start, self._seed, self._whole, self._recording = start, seed, path, recording
 
-    async def advance(self, particle: int, step: int, rank: int | None = None) -> None:
+    async def advance(self, particle: int, step: int, ranks: tuple[int, ...] | None = None) -> None:
         """Repeat one step."""
         n = len(self.log_increments) + 1
         self.log_increments.append(self._whole.log_increments[n - 1])
@@ -163,7 +163,7 @@ class Retained:
 
 
 @types.coroutine
-def _drive(coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, tuple[bool, Any]]:
+def drive(coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, tuple[bool, Any]]:
     """Run a coroutine within the awaiting task to its next checkpoint or its end: (is it over, what it returned).
 
     Between checkpoints no task holds it: a particle that waits costs nothing and can be dropped by closing it.
