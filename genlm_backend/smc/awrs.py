@@ -120,7 +120,7 @@ class AWRS(Proposal):
 
 
 def log_expected_estimate(mass: float, rates: Floats) -> float:
-    """log of E[p / (1 - exp(-p T))], nats, T being a sum of independent exponential times.
+    """Log of E[p / (1 - exp(-p T))], nats, T being a sum of independent exponential times.
 
     Args:
         mass: p, above 0.
@@ -137,12 +137,12 @@ def log_expected_estimate(mass: float, rates: Floats) -> float:
 
 
 def _log_products(at: Floats, rates: Floats) -> Floats:
-    """log of prod_i r_i / (r_i + s) at each s."""
+    """Log of prod_i r_i / (r_i + s) at each s."""
     return np.asarray(-np.log1p(at[:, None] / rates).sum(1))
 
 
 def _log_tail(mass: float, rates: Floats) -> float:
-    """log of the sum of the terms from `_DIRECT_TERMS` on: Euler and Maclaurin, the integral over log s."""
+    """Log of the sum of the terms from `_DIRECT_TERMS` on: Euler and Maclaurin, the integral over log s."""
     start = _DIRECT_TERMS * mass
     n_panels = math.ceil(max(0.0, math.log(float(rates[0]) / start)) + 40.0)  # beyond, the integrand falls like 1 / s
     log_s: Floats = ((_NODES + 1.0) / 2.0 + np.arange(n_panels)[:, None]).ravel()

@@ -115,7 +115,7 @@ def ssp(rng: np.random.Generator, log_weights: npt.ArrayLike, n: int) -> Ints:
 
 
 def optimal(rng: np.random.Generator, log_weights: npt.ArrayLike, n: int) -> Resampled:
-    """n particles without replacement, unbiased, with the least expected squared error of the weights.
+    """N particles without replacement, unbiased, with the least expected squared error of the weights.
 
     Particles above a threshold c keep their weight; of the others as many as are missing are drawn, each at most once,
     by systematic resampling, and all of them get the weight c. With n or fewer of positive weight, all are kept and the
@@ -170,7 +170,7 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def resample(rng: np.random.Generator, log_weights: npt.ArrayLike, n: int, scheme: str = "systematic") -> Resampled:
-    """n particles by a named scheme, with their new log-weights: the sum of the weights is kept, in expectation.
+    """N particles by a named scheme, with their new log-weights: the sum of the weights is kept, in expectation.
 
     Args:
         rng: Where the randomness comes from.
