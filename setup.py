@@ -41,7 +41,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["genlm_backend", "genlm_backend.*"]),
-    package_data={"genlm_backend": ["py.typed"]},
+    package_data={"genlm_backend": ["py.typed"], "genlm_backend.smc": ["page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

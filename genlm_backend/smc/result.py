@@ -89,7 +89,7 @@ class Settings(NamedTuple):
     is_conditional: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """Weighted particles and how they came about.
 
@@ -241,6 +241,13 @@ class Result:
         data["steps"] = [step._asdict() for step in self.steps]
         plain.save(path, _FORM, data)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether everything is the same to the last bit, versions aside."""
+        return isinstance(other, Result) and self._comparable() == other._comparable()
+
+    def __hash__(self) -> int:
+        return hash((self.settings, self.log_weights))
+
     @classmethod
     def load(cls, path: str | FilePath) -> Result:
         """A saved result.
@@ -253,6 +260,10 @@ class Result:
         data["paths"] = tuple(_path_of(row) for row in data["paths"])
         data["steps"] = tuple(Step(**step) for step in data["steps"])
         return cls(**data)
+
+    def _comparable(self) -> Any:
+        paths = [plain.encode(_path_row(path)) for path in self.paths]
+        return self.settings, self.status, self.failure, self.log_weights, self.steps, paths
 
     # ---- seeing it
 
