@@ -48,7 +48,7 @@ from tests.smc.oracle import (
 )
 
 MODEL, RULE = Table(), NoRepeat()
-FEW = 80
+FEW = 60
 MANY = pytest.param(900, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="many")
 RUNS = pytest.mark.parametrize("n_runs", [pytest.param(FEW, id="few"), MANY])
 
