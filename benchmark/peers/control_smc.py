@@ -19,7 +19,7 @@ from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEX, S
 
 
 async def main(folder: str, workload: str, n_particles: int, seed: int) -> None:
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (the peer resamples with the global generator)
     torch.manual_seed(seed)
     backend = load_model_by_name(folder, backend="hf", llm_opts={"timeout": 0.001, "batch_size": n_particles})
     prompted = PromptedLLM(backend)

@@ -54,7 +54,7 @@ class Context:
         self.position = 0
         self.log_increment = 0.0
         self.state: Any = None  # of a Particle: its copies begin here instead of running again
-        # Beam search and enumeration: which of the most probable values each draw since `begin_step` takes, then the best.
+        # Beam search and enumeration: the rank of the value that each draw since `begin_step` takes; then the best one.
         self.ranks: tuple[int, ...] | None = None
         self.seed = seed
         self._key_step = 0

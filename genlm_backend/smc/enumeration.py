@@ -1,4 +1,4 @@
-"""Exact enumeration: what a small program's posterior and evidence are, by running it once for every sequence of choices.
+"""Exact enumeration: a small program's posterior and evidence, by running it once for every sequence of choices.
 
 The oracle for samplers: with d draws of k values it takes k ** d runs.
 """

@@ -92,4 +92,5 @@ def draw_path(result: Result, key: int) -> Path:
     (index,) = sampling.draw(torch.tensor([result.log_weights], dtype=torch.float64), [key]).tolist()
     if index < 0:
         raise AllParticlesDead(len(result.steps), result.settings.n_particles)
-    return result.paths[index]
+    path: Path = result.paths[index]
+    return path

@@ -44,7 +44,7 @@ class LazyRow(torch.Tensor):
     def __array__(self, dtype: Any = None) -> np.ndarray[Any, Any]:
         return np.asarray(self.fetched().numpy(), dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return "LazyRow(not looked at)" if self._fetched is None else repr(self._fetched)
 
     @classmethod

@@ -9,8 +9,8 @@ weight of the steps. A candidate y keeps the first k choices of x, k being unifo
 rest from q. In the ratio of Metropolis and Hastings q cancels: accept with probability min(1, W(y) n(x) / (W(x) n(y))).
 Random weights (AWRS) stay right: they are part of what is drawn anew.
 
-Source: Gilks, Berzuini 2001, "Following a moving target: Monte Carlo inference for dynamic Bayesian models"; the move is
-that of Wingate, Stuhlmueller, Goodman 2011, "Lightweight implementations of probabilistic programming languages via
+Source: Gilks, Berzuini 2001, "Following a moving target: Monte Carlo inference for dynamic Bayesian models"; the move
+is that of Wingate, Stuhlmueller, Goodman 2011, "Lightweight implementations of probabilistic programming languages via
 transformational compilation", with everything after the site drawn anew.
 """
 

@@ -12,8 +12,8 @@
                 return Done(token_ids)
             return Walk(token_ids)
 
-Both are the same to the engine. A copy of a `Particle` shares its state. A copy of a program is the program run again to
-its checkpoint, with the context answering from its record: it draws nothing, weighs nothing and asks no model, but
+Both are the same to the engine. A copy of a `Particle` shares its state. A copy of a program is the program run again
+to its checkpoint, with the context answering from its record: it draws nothing, weighs nothing and asks no model, but
 what it does besides (printing, appending to a global list) it does again.
 """
 

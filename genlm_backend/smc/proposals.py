@@ -132,7 +132,7 @@ class Guided(Proposal):
 class TopK(Proposal):
     """Looks at the k most probable tokens of `model` first, and at all of them only when the draw falls elsewhere.
 
-    With A the weight of the k tokens in the product and R the model's mass outside of them: with probability A / (A + R)
+    With A the weight of the k tokens in the product and R the model's mass outside of them: with probability A / (A+R)
     a token among the k, weight A + R; else one of the others, of weight B in all, weight (A + R) B / R.
 
     Args:

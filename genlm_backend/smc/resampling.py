@@ -1,7 +1,7 @@
 """Resampling: which particles have how many descendants. Pure functions `(rng, log_weights, n) -> ancestors`.
 
-All are unbiased: particle i has n * w_i descendants in expectation (w normalised). All give exactly n, sorted, and never
-one of weight zero. They differ in how far the counts stray from n * w_i:
+All are unbiased: particle i has n * w_i descendants in expectation (w normalised). All give exactly n, sorted, and
+never one of weight zero. They differ in how far the counts stray from n * w_i:
 
     multinomial    independent draws                            any count
     residual       floor(n w_i) each, the rest multinomial      at least the floor

@@ -1,4 +1,4 @@
-"""A strand is one particle at work: its coroutine, its context, and where it is; advanced from checkpoint to checkpoint."""
+"""A strand is one particle at work: its coroutine and its context, advanced from checkpoint to checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from genlm_backend.smc.context import CHECKPOINT, BadWeight, Context, Died
 from genlm_backend.smc.programs import Start
 from genlm_backend.smc.recording import Recording
 from genlm_backend.smc.trace import Entry, Path, end_of_step, text_of
+
+_NEW = Path()
 
 
 class Strand(Protocol):
@@ -43,7 +45,7 @@ class Live:
         path: What it has behind it.
     """
 
-    def __init__(self, start: Start, context: Context, path: Path = Path()) -> None:
+    def __init__(self, start: Start, context: Context, path: Path = _NEW) -> None:
         self.context = context
         self.status = path.status
         self.value = path.value

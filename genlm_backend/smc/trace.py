@@ -1,4 +1,4 @@
-"""What a particle was told: every answer of its context, in order; enough to run its program again to the same point."""
+"""What a particle was told: every answer of its context, in order; enough to run its program again to one point."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ async def test_a_program_that_is_not_the_same_again_is_told_so():
         return 0
 
     paused = await smc(fickle(), 4, max_steps=1)
-    with pytest.raises(ParticleFailed, match="step 1.*ReplayMismatch") as caught:
+    with pytest.raises(ParticleFailed, match=r"step 1.*ReplayMismatch") as caught:
         await resume(fickle(), paused)
     assert isinstance(caught.value.__cause__, ReplayMismatch)
 
@@ -225,7 +225,7 @@ async def test_repeating_a_recording_is_bit_equal(n_runs, tmp_path):
             again = await smc(writer(llm), 6, seed=2, ess_threshold=0.9, recording=loaded)
             assert again == first
             assert [w.hex() for w in again.log_weights] == [w.hex() for w in first.log_weights]
-        with pytest.raises(ParticleFailed, match="no such draw|no answer"):
+        with pytest.raises(ParticleFailed, match=r"no such draw|no answer"):
             await smc(writer(llm), 6, seed=3, ess_threshold=0.9, recording=loaded)
     assert not silent.batches
 
@@ -327,7 +327,7 @@ async def test_weights_that_are_no_numbers_are_named(weight, threshold):
             ctx.score(weight)
         return 0
 
-    with pytest.raises(NonFiniteWeight, match=f"particle 2 has log-weight {weight} .* at step 1"):
+    with pytest.raises(NonFiniteWeight, match=rf"particle 2 has log-weight {weight} .* at step 1"):
         await smc(bad(), 4, ess_threshold=threshold)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -24,7 +25,7 @@ async def result(request):
 async def test_frames_say_who_descends_from_whom(result):
     made = frames(result)
     assert made[0].label == "start" and len(made[0].texts) == 8
-    for before, now in zip(made, made[1:], strict=False):
+    for before, now in itertools.pairwise(made):
         assert len(now.parents) == len(now.weights) == len(now.texts) == len(now.statuses)
         for i, parent in enumerate(now.parents):
             assert now.texts[i].startswith(before.texts[parent])

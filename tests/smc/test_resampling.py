@@ -1,7 +1,8 @@
 """Every scheme: exactly n out, never one of weight zero, unbiased counts; and the bounds each scheme promises.
 
-Unbiasedness: the mean count of each particle over R runs is within 5.9 standard errors (one failure in 2.7e8 per number
-by the normal tail, about 4e-7 over all numbers of this file); standard errors from the runs themselves. Seeds are fixed.
+Unbiasedness: the mean count of each particle over R runs is within 5.9 standard errors (one failure in 2.7e8 per
+number by the normal tail, about 4e-7 over all numbers of this file); standard errors from
+the runs themselves. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -205,5 +206,6 @@ def test_thousands_of_random_weight_vectors():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_million_random_weight_vectors():
     check_many(1_000_000, seed=1)
