@@ -13,7 +13,7 @@ SCHEMA = {
     "required": ["name", "city", "age", "job"],
     "additionalProperties": False,
 }
-REGEX = r" (a|the) [a-z ]{60,110}\."
+REGEX = r" (a|the) [a-z ]+\."
 PROMPTS = {"regex": "Montreal is", "json": "Here is a person as compact JSON, with name, city, age and job: "}
-MAX_TOKENS = {"regex": 35, "json": 40}
+MAX_TOKENS = {"regex": 40, "json": 40}
 ESS_THRESHOLD = 0.5

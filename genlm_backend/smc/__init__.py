@@ -14,6 +14,7 @@ from genlm_backend.smc.recording import Recording
 from genlm_backend.smc.result import Result
 from genlm_backend.smc.sequences import after_bytes, after_tokens, every_token, sequences
 from genlm_backend.smc.strict import strict
+from genlm_backend.smc.walks import WalkProposal
 
 __all__ = [
     "AWRS",
@@ -34,6 +35,7 @@ __all__ = [
     "Recording",
     "Result",
     "TopK",
+    "WalkProposal",
     "after_bytes",
     "after_tokens",
     "enumerate_exactly",

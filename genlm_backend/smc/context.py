@@ -351,7 +351,7 @@ class Context:
         if isinstance(what, Potential):
             what = Direct(what)
         if isinstance(what, Proposal):
-            return what.piece(drawn.value) if drawn.value >= 0 else None
+            return what.piece(drawn.value) if drawn.log_weight > -math.inf else None
         return None if drawn.value is None else f"{drawn.value} ".encode()
 
     async def _answer(self, llm: AsyncLM, token_ids: Sequence[int], query: Query, lora_name: str | None) -> Any:
