@@ -1,4 +1,4 @@
-"""The pictures of these pages, made by the build of the documentation: `python docs/smc/figures/make.py`."""
+"""The pictures of these pages; a hook of the build of the documentation (mkdocs.yml)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ async def ascending(ctx):
         ctx.score(-1.0 if letters[-2:-1] > letters[-1] else 0.0)
         await ctx.checkpoint()
     return letters
+
+
+def on_pre_build(config: object) -> None:
+    """Make them where they are not there yet."""
+    if not (Path(__file__).parent / "replay.html").exists():
+        main()
 
 
 def main() -> None:
