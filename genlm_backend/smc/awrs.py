@@ -29,6 +29,7 @@ estimator by the rank of the next item.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -38,12 +39,13 @@ import torch
 
 from genlm_backend import sampling
 from genlm_backend.errors import InvalidProgram
-from genlm_backend.potentials.base import Potential, State
+from genlm_backend.potentials.base import Constraint, Potential, State
 from genlm_backend.potentials.combinators import Product
-from genlm_backend.smc.proposals import Proposal, Proposed, symbol_weights
+from genlm_backend.smc.proposals import Proposal, Proposed
 from genlm_backend.smc.weights import Floats, log_sum_exp
 
 _ONE_BY_ONE = 8  # draws by a pass over the row each; then the whole race is run at once
+_CHECKS_AT_ONCE = 256
 _DIRECT_TERMS = 256
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(8)
 
@@ -89,12 +91,9 @@ class AWRS(Proposal):
             if len(seen) == self.max_checks:
                 break
             seen.append(symbol)
-            (weight,) = (await symbol_weights(self.constraint, constraint_state, [symbol])).tolist()
-            if weight not in (0.0, -math.inf):
-                raise InvalidProgram(
-                    f"AWRS asked its constraint about token {symbol} and got the log-weight {weight}",
-                    "its constraint must weigh 0 or 1; use Direct or TopK, or put the potential into a critic",
-                )
+            weight = await self._weight(constraint_state, symbol)
+            if len(seen) % _CHECKS_AT_ONCE == 0:
+                await asyncio.sleep(0)  # others need not wait for a long search
             if weight == 0.0:
                 allowed.append(symbol)
             if len(allowed) == 2:
@@ -104,6 +103,17 @@ class AWRS(Proposal):
             return Proposed(-1, -math.inf)
         log_weight = self._log_weight(masses, seen, allowed)
         return Proposed(allowed[0], log_total + log_weight)
+
+    async def _weight(self, state: State, symbol: int) -> float:
+        if isinstance(self.constraint, Constraint):
+            return 0.0 if self.constraint.allows(state, symbol) else -math.inf
+        (weight,) = (await self.constraint.logw_tokens(state, [symbol])).tolist()
+        if weight not in (0.0, -math.inf):
+            raise InvalidProgram(
+                f"AWRS asked its constraint about token {symbol} and got the log-weight {weight}",
+                "its constraint must weigh 0 or 1; use Direct or TopK, or put the potential into a critic",
+            )
+        return float(weight)
 
     def _log_weight(self, masses: Floats, seen: list[int], allowed: list[int]) -> float:
         drawn = masses[seen]
