@@ -47,7 +47,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["genlm_backend", "genlm_backend.*"]),
-    package_data={"genlm_backend": ["py.typed", "backtracking/grammars/*.lark"]},
+    package_data={"genlm_backend": ["py.typed", "backtracking/grammars/*.lark", "smc/*.html"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

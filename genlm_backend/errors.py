@@ -34,12 +34,22 @@
             QueriesReset
             ForkedEngine
 
+        InvalidWeights (ValueError)         sequential Monte Carlo
+        InvalidProgram (ValueError)
+        InferenceFailed (RuntimeError)      a run ended early; `.result` is what it had
+            AllParticlesDead
+            NonFiniteWeight
+            ParticleFailed
+        ReplayMismatch (RuntimeError)
+
     SlowPathWarning (UserWarning)           correct, but slower than it could be; says why
 
 Each class takes the data and builds the message: what came, what was expected, what to do. All of them pickle.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class GenlmError(Exception):
@@ -331,6 +341,79 @@ class ForkedEngine(ModelClosed):
     def message(*data: object) -> str:
         loaded, here = data
         return f"the model was loaded in process {loaded} and cannot be used in its fork {here}; load it there"
+
+
+class InvalidWeights(GenlmError, ValueError):
+    """Nothing can be drawn by these log-weights. Data: the first few of them, how many there are."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        first, n = data
+        return f"{n} log-weights, first {first}: expected no NaN, no +inf, and at least one above -inf"
+
+
+class InvalidProgram(GenlmError, ValueError):
+    """A program asked its context for something that has no meaning. Data: what it did, what to do."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        what, remedy = data
+        return f"{what}; {remedy}"
+
+
+class InferenceFailed(GenlmError, RuntimeError):
+    """A run of particles ended before its end.
+
+    Attributes:
+        result: The population after the last whole step, a `genlm_backend.smc.Result`, or None; it is not pickled.
+    """
+
+    result: Any = None
+
+
+class AllParticlesDead(InferenceFailed):
+    """No particle has weight left. Data: step, number of particles."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        step, n = data
+        return (
+            f"all {n} particles have weight zero at step {step}: the constraint cannot be met from any of them; "
+            "use more particles, a proposal that knows the constraint, or on_failure='mark' to get the result so far"
+        )
+
+
+class NonFiniteWeight(InferenceFailed):
+    """A particle's log-weight became NaN or +inf. Data: step, particle, the value."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        step, particle, value = data
+        return (
+            f"particle {particle} has log-weight {value} at step {step}; expected a number below +inf (-inf is dead): "
+            "look at what it scores there"
+        )
+
+
+class ParticleFailed(InferenceFailed):
+    """The code of a particle raised; the cause is chained. Data: step, particle, the cause in words."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        step, particle, cause = data
+        return f"particle {particle} raised at step {step}: {cause}; all others were stopped"
+
+
+class ReplayMismatch(GenlmError, RuntimeError):
+    """A program run again did not ask what its recording holds. Data: where, what was asked, what is recorded."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        where, asked, recorded = data
+        return (
+            f"{where}: the program asked for {asked}, its recording has {recorded}; between two runs only what the "
+            "context answers may differ: look for randomness, time or shared state outside of it"
+        )
 
 
 class SlowPathWarning(UserWarning):

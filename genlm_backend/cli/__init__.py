@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from genlm_backend import __version__
-from genlm_backend.cli import chat, generate, sis, trie
+from genlm_backend.cli import chat, generate, sis, smc, trie
 from genlm_backend.errors import GenlmError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("sis")(sis.command)
 app.command("trie")(trie.command)
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)
+app.command("smc")(smc.command)
 
 
 def main() -> None:

@@ -1,0 +1,184 @@
+"""A strand is one particle at work: its coroutine and its context, advanced from checkpoint to checkpoint."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Coroutine, Generator, Sequence
+from typing import Any, Protocol
+
+from genlm_backend.errors import NonFiniteWeight, ParticleFailed
+from genlm_backend.smc.context import CHECKPOINT, BadWeight, Context, Died
+from genlm_backend.smc.programs import Start
+from genlm_backend.smc.recording import Recording
+from genlm_backend.smc.trace import Entry, Path, end_of_step, text_of
+
+_NEW = Path()
+
+
+class Strand(Protocol):
+    """What the engine moves."""
+
+    status: str
+    text: bytes
+    log_increments: list[float]
+
+    async def advance(self, particle: int, step: int, ranks: tuple[int, ...] | None = None) -> None:
+        """Go on to the next checkpoint, or to the end; adds to `log_increments`."""
+
+    def fork(self) -> Strand:
+        """A copy at the same checkpoint."""
+
+    def path(self) -> Path:
+        """Where it is, as plain data."""
+
+    def close(self) -> None:
+        """End its coroutine; it will not be advanced again."""
+
+
+class Live:
+    """A strand that runs a program.
+
+    Args:
+        start: Begins the program.
+        context: New, or with the record of what is to be run again first.
+        path: What it has behind it.
+    """
+
+    def __init__(self, start: Start, context: Context, path: Path = _NEW) -> None:
+        self.context = context
+        self.status = path.status
+        self.value = path.value
+        self.log_increments = list(path.log_increments)
+        self.text = text_of(b"", path.entries)
+        self._start = start
+        self._coroutine: Coroutine[Any, Any, Any] | None = None
+
+    @classmethod
+    def of_path(
+        cls, start: Start, seed: int, path: Path, recording: Recording | None = None, kept: Sequence[Entry] = ()
+    ) -> Live:
+        """A strand that will run its program to the end of a path first.
+
+        Args:
+            start: Begins the program.
+            seed: Of the draws after the path.
+            path: Whole steps.
+            recording: As in `Context`.
+            kept: Answers of the next step that are given again, and weigh again.
+        """
+        context = Context(seed, recording)
+        context.entries = [*path.entries, *kept]
+        context.n_replayed = len(path.entries)
+        return cls(start, context, path)
+
+    async def advance(self, particle: int, step: int, ranks: tuple[int, ...] | None = None) -> None:
+        """Go on to the next checkpoint.
+
+        Cancelled, it is as before its first checkpoint that is not recorded; only `close` makes sense then.
+
+        Raises:
+            ParticleFailed: The program raised.
+            NonFiniteWeight: A weight became NaN or +inf.
+        """
+        context = self.context
+        n_shown = len(context.entries)
+        context.begin_step(particle, step, ranks)
+        try:
+            if self._coroutine is None:
+                self._coroutine = self._start(context)
+            await self._until_checkpoint(self._coroutine)
+        except Died:
+            self.status = "dead"
+            context.log_increment = -math.inf
+            context.entries = [entry for entry in context.entries if entry is not None]
+            self.close()
+        except BadWeight as bad:
+            raise NonFiniteWeight(step, particle, f"{bad.args[0]} (from {bad.args[1]})") from None
+        except Exception as error:
+            raise ParticleFailed(step, particle, f"{type(error).__name__}: {error}") from error
+        self.log_increments.append(context.log_increment)
+        self.text = text_of(self.text, (entry for entry in context.entries[n_shown:] if entry is not None))
+
+    def fork(self) -> Live:
+        """A copy at the same checkpoint: a Particle's goes on from its state, a program's runs again to get there."""
+        entries = self._entries()
+        context = self.context.copy(len(entries), at_end=self.context.state is not None)
+        other = Live(self._start, context)
+        other.status, other.value, other.text = self.status, self.value, self.text
+        other.log_increments = list(self.log_increments)
+        return other
+
+    def path(self) -> Path:
+        """All whole steps."""
+        return Path(tuple(self._entries()), tuple(self.log_increments), self.status, self.value)
+
+    def close(self) -> None:
+        """End the coroutine; `finally` blocks of the program run."""
+        if self._coroutine is not None:
+            self._coroutine.close()
+            self._coroutine = None
+
+    async def _until_checkpoint(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        is_over, value = await drive(coroutine)
+        if is_over:
+            self._coroutine = None
+            self.context.finish()
+            self.status, self.value = "done", value
+        else:
+            self.context.end_step()
+
+    def _entries(self) -> list[Entry]:
+        if self.status != "running":
+            return [entry for entry in self.context.entries if entry is not None]
+        end = end_of_step([e for e in self.context.entries if e is not None], len(self.log_increments))
+        return [entry for entry in self.context.entries[:end] if entry is not None]
+
+
+class Retained:
+    """A strand that repeats a path: nothing is run or drawn; the retained particle of conditional SMC."""
+
+    def __init__(self, start: Start, seed: int, path: Path, recording: Recording | None = None) -> None:
+        self.status = "running"
+        self.text = b""
+        self.log_increments: list[float] = []
+        self._start, self._seed, self._whole, self._recording = start, seed, path, recording
+
+    async def advance(self, particle: int, step: int, ranks: tuple[int, ...] | None = None) -> None:
+        """Repeat one step."""
+        n = len(self.log_increments) + 1
+        self.log_increments.append(self._whole.log_increments[n - 1])
+        if n == len(self._whole.log_increments):
+            self.status = self._whole.status
+        self.text = text_of(b"", self.path().entries)
+
+    def fork(self) -> Live:
+        """A copy that goes its own way from here."""
+        return Live.of_path(self._start, self._seed, self.path(), self._recording)
+
+    def path(self) -> Path:
+        """What was repeated so far."""
+        return self._whole.first(len(self.log_increments))
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+@types.coroutine
+def drive(coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, tuple[bool, Any]]:
+    """Run a coroutine within the awaiting task to its next checkpoint or its end: (is it over, what it returned).
+
+    Between checkpoints no task holds it: a particle that waits costs nothing and can be dropped by closing it.
+    """
+    try:
+        yielded = coroutine.send(None)
+        while yielded is not CHECKPOINT:
+            try:
+                received = yield yielded
+            except BaseException as error:
+                yielded = coroutine.throw(error)
+            else:
+                yielded = coroutine.send(received)
+    except StopIteration as stop:
+        return True, stop.value
+    return False, None

@@ -1,0 +1,40 @@
+"""The pages' programs run as printed and print what the pages say, but for numbers that differ between machines."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"-?\d+(\.\d+)?", "#", text)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", ["index", "examples"])
+def test_a_page_runs_as_printed(smollm2_path: Path, tmp_path: Path, page: str):
+    text = (ROOT / "docs" / "smc" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = BLOCK.findall(text)
+    assert len(blocks) >= 3 and all(output for _, output in blocks)
+    script = tmp_path / "page.py"
+    script.write_text("".join(code for code, _ in blocks), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert without_numbers(done.stdout) == without_numbers("".join(output for _, output in blocks))
