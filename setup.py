@@ -11,9 +11,9 @@ from setuptools import find_packages, setup
 EXTRAS: dict[str, list[str]] = {
     "demo": ["gguf>=0.10", "accelerate>=1.1"],
     "vllm": ["vllm>=0.32"],  # builds for CUDA; for CPUs see docs/vllm.md
-    "grammar": ["llguidance>=1.7,<2", "lark>=1.1.9", "jsonschema[format-nongpl]>=4.20"],
+    "grammar": ["llguidance>=1.7,<2", "lark>=1.2", "jsonschema[format-nongpl]>=4.23"],
     "viz": ["pygraphviz>=2.0", "matplotlib>=3.8"],  # the first one's wheel bundles Graphviz, for machines without dot
-    "openai": ["openai>=1.40"],
+    "openai": ["openai>=1.60"],
     "test": [
         "pytest>=8.3",
         "pytest-asyncio>=1.0",
@@ -47,7 +47,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["genlm_backend", "genlm_backend.*"]),
-    package_data={"genlm_backend": ["py.typed"]},
+    package_data={"genlm_backend": ["py.typed", "backtracking/grammars/*.lark"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
@@ -62,6 +62,7 @@ setup(
         "rich>=13.8",
         "graphviz>=0.20",
         "typer>=0.15",
+        "regex>=2024.11",  # of transformers too; bans of backtracking walks need its partial matches
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["genlm-backend = genlm_backend.cli:main"]},

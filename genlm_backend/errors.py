@@ -11,6 +11,10 @@
             WeightsMismatch
             InvalidDevice
             NoSuchNode
+            InvalidPotential
+            InvalidGrammar
+                UnsupportedGrammar
+                GrammarTooComplex
         UnknownBackend (ValueError)
             UnknownTrieBackend
         BackendUnavailable (ImportError)    the environment: install something
@@ -24,6 +28,8 @@
             NonFiniteLogits
             EngineStalled
         NoTokenAllowed (ValueError)         mathematics: a mask excludes every possible token
+        RuleRefused (ValueError)            backtracking: a rule does not fit this walk
+        WalkExhausted (RuntimeError)        backtracking: a walk spent its budget, or nothing is left to draw
         ModelClosed (RuntimeError)          life-cycle
             QueriesReset
             ForkedEngine
@@ -133,6 +139,32 @@ class NoSuchNode(InvalidRequest):
     def message(*data: object) -> str:
         node, n_nodes = data
         return f"the trie has no node {node!r}; expected 0 to {int(str(n_nodes)) - 1}, or a prefix of one of its tokens"
+
+
+class InvalidPotential(InvalidRequest):
+    """A potential cannot be made, or used, like this. Data: what came, what was expected."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        came, expected = data
+        return f"got {came}; expected {expected}"
+
+
+class InvalidGrammar(InvalidRequest):
+    """A grammar, schema or expression is none. Data: what it was read as, what is wrong with it, what to do."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        what, wrong, remedy = data
+        return f"{what}: {wrong}; {remedy}"
+
+
+class UnsupportedGrammar(InvalidGrammar):
+    """A grammar uses a feature that its engine does not have; data as in `InvalidGrammar`, the feature named."""
+
+
+class GrammarTooComplex(InvalidGrammar):
+    """A grammar needs more time, states or memory than its limits allow; data as in `InvalidGrammar`."""
 
 
 class UnknownBackend(GenlmError, ValueError):
@@ -251,6 +283,29 @@ class NoTokenAllowed(GenlmError, ValueError):
     @staticmethod
     def message(*data: object) -> str:
         return f"no token can be drawn: the mask allows {data[0]} tokens, all of probability zero; it is a dead end"
+
+
+class RuleRefused(GenlmError, ValueError):
+    """A rule cannot serve in this walk. Data: the rules' names, where, the reason."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        names, where, reason = data
+        listed = ", ".join(map(str, names)) if isinstance(names, list | tuple) else str(names)
+        return f"{listed} cannot be used with {where}: {reason}"
+
+
+class WalkExhausted(GenlmError, RuntimeError):
+    """A walk ended before its text. Data: "budget" or "dead end", tokens at hand, rollbacks, tokens drawn."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        reason, n_tokens, n_undos, n_draws = data
+        what = "its budget is spent" if reason == "budget" else "every token it could draw was taken back"
+        return (
+            f"the walk cannot go on: {what}, with {n_tokens} tokens at hand after {n_undos} rollbacks and {n_draws} "
+            "draws; raise the budget, relax the rules or the filters, or pass when_exhausted='stop' or 'accept'"
+        )
 
 
 class ModelClosed(GenlmError, RuntimeError):

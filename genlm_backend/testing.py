@@ -1,4 +1,4 @@
-"""For tests of programs over language models: an engine that waits for the test, and fails where the test says so.
+"""For tests of programs over language models: an engine that waits for the test, and the laws of potentials.
 
 engine = FakeEngine(n_logits=16, is_open=False)
 async with fake_language_model(engine) as llm:
@@ -6,6 +6,8 @@ async with fake_language_model(engine) as llm:
     assert await engine.entered() == [(1, 2)]  # the batch is in the engine now, and stays there
     engine.let_one_through()
     assert torch.equal(await asked, engine.row([1, 2]))
+
+await check_potential(potential, sequences)  # raises AssertionError, with the law that does not hold
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from genlm_backend.llm.base import ROW_MEMO_BYTES, AsyncLM
 from genlm_backend.llm.mock import MockEngine
 from genlm_backend.llm.service import Context, Engine, EngineCounts, Service
+from genlm_backend.potentials.base import Constraint, Potential, State
 from genlm_backend.tokenization import Token
 
 PATIENCE_S = 30.0  # a test that waits longer than this for the engine fails instead of hanging
@@ -141,3 +144,97 @@ def check_idle(llm: AsyncLM) -> None:
     assert not batcher._busy, "no batch is in the engine"
     assert not len(batcher._pending), "nothing is queued"
     assert not batcher._lanes, "no event loop is waited for"
+
+
+async def check_potential(
+    potential: Potential,
+    sequences: Sequence[Sequence[int]],
+    *,
+    symbols: Collection[int] | None = None,
+    tolerance: float = 1e-4,
+) -> None:
+    """Hold a potential to its laws, at every prefix of some sequences; see `genlm_backend.potentials.base`.
+
+    Args:
+        potential: What is checked.
+        sequences: Token ids; alive and dead ones.
+        symbols: Which tokens are tried after each prefix; None is all of them. The tokens of the sequences always are.
+        tolerance: Of differences of log-weights, nats.
+
+    Raises:
+        AssertionError: A law does not hold; the message names it, the prefix and the token.
+    """
+    some = sorted(set(range(potential.n_tokens) if symbols is None else symbols) - {potential.end})
+    states: list[State] = []
+    for sequence in sequences:
+        state = potential.start()
+        total = await potential.prefix(state)
+        for length in range(len(sequence) + 1):
+            where = f"after {list(sequence[:length])}"
+            states.append(state)
+            row = await _check_row(potential, state, sorted({*some, *sequence[length:]}), tolerance, where)
+            complete, prefix = await potential.complete(state), await potential.prefix(state)
+            assert _is_near(prefix, total, tolerance), f"factorisation {where}: {prefix} is not the sum {total}"
+            whole = total + float(row[potential.end])
+            assert _is_near(complete, whole, tolerance), f"factorisation {where}: {complete} is not the sum {whole}"
+            if length < len(sequence):
+                total += float(row[sequence[length]])
+                state = potential.extend(state, sequence[length])
+    await _check_batches(potential, states, tolerance)
+
+
+async def _check_row(
+    potential: Potential, state: State, token_ids: Sequence[int], tolerance: float, where: str
+) -> torch.Tensor:
+    row = await potential.logw_next(state)
+    prefix, complete = await potential.prefix(state), await potential.complete(state)
+    assert row.shape == (potential.n_tokens + 1,) and row.dtype == torch.float32, f"shape {where}: {row.shape}"
+    assert not row.isnan().any() and not row.isposinf().any(), f"finite weights {where}"
+    if prefix == -math.inf:
+        assert complete == -math.inf, f"a dead prefix stays dead {where}: complete is {complete}"
+        assert row.isneginf().all(), f"a dead prefix stays dead {where}: its row is not -inf"
+    else:
+        ends = float(row[potential.end])
+        assert _is_near(ends, complete - prefix, tolerance), f"end {where}: {ends} is not {complete} - {prefix}"
+    for token_id in token_ids:
+        after = await potential.prefix(potential.extend(state, token_id))
+        expected = after - prefix if prefix > -math.inf else -math.inf
+        got = float(row[token_id])
+        assert _is_near(got, expected, tolerance), f"next {where}: token {token_id} has {got}, expected {expected}"
+    asked = [*token_ids, potential.end]
+    columns = (await potential.logw_tokens(state, asked)).tolist()
+    for symbol, got in zip(asked, columns, strict=True):
+        assert _is_near(got, float(row[symbol]), tolerance), f"logw_tokens {where}: {symbol} has {got}"
+    again = await potential.logw_next(state)
+    assert torch.allclose(again, row, atol=tolerance), f"a state outlives its extensions {where}: its row changed"
+    if isinstance(potential, Constraint):
+        _check_constraint(potential, state, asked, row, where)
+    return row
+
+
+def _check_constraint(
+    constraint: Constraint, state: State, symbols: Sequence[int], row: torch.Tensor, where: str
+) -> None:
+    mask = constraint.mask(state)
+    assert mask.tolist() == (row == 0).tolist(), f"mask {where} is not the row"
+    for symbol in symbols:
+        assert constraint.allows(state, symbol) == mask[symbol], f"allows {where}: {symbol} is not as in the mask"
+    for token_id in constraint.forced(state):
+        only = torch.from_numpy(constraint.mask(state)).nonzero()[:, 0].tolist()
+        assert only == [token_id], f"forced {where}: {token_id} is not the only choice {only}"
+        state = constraint.extend(state, token_id)
+
+
+async def _check_batches(potential: Potential, states: Sequence[State], tolerance: float) -> None:
+    rows = await potential.batch_logw_next(states)
+    singles = [await potential.logw_next(state) for state in states]
+    assert rows.shape == (len(states), potential.n_tokens + 1), f"batch_logw_next has shape {tuple(rows.shape)}"
+    assert torch.allclose(rows, torch.stack(singles), atol=tolerance), "batch equals single: logw_next"
+    prefixes, completes = await potential.batch_prefix(states), await potential.batch_complete(states)
+    for i, state in enumerate(states):
+        assert _is_near(prefixes[i], await potential.prefix(state), tolerance), "batch equals single: prefix"
+        assert _is_near(completes[i], await potential.complete(state), tolerance), "batch equals single: complete"
+
+
+def _is_near(a: float, b: float, tolerance: float) -> bool:
+    return a == b or abs(a - b) <= tolerance

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from genlm_backend import __version__
-from genlm_backend.cli import sis, trie
+from genlm_backend.cli import chat, generate, sis, trie
 from genlm_backend.errors import GenlmError
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 app.command("sis")(sis.command)
 app.command("trie")(trie.command)
+app.command("chat")(chat.command)
+app.command("generate")(generate.command)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from genlm_backend.llm import AsyncLM
 
 
-def load(model: str, backend: str | None, progress: Console) -> AsyncLM:
+def load(model: str, backend: str | None, progress: Console, device: str | None = None) -> AsyncLM:
     """A model by name, with what it takes to draw from it; says on `progress` what it does.
 
     Raises:
@@ -26,9 +26,10 @@ def load(model: str, backend: str | None, progress: Console) -> AsyncLM:
 
         path = resolve_model(model, tell)
         tell(f"loading {model}")
+        options = {} if device is None else {"device": device}
         # A folder is read in seconds; the bar of a download from Hugging Face is worth seeing.
         with nullcontext() if isinstance(path, str) else no_progress_bars():
-            llm = load_model_by_name(str(path), backend=backend)
+            llm = load_model_by_name(str(path), backend=backend, llm_opts=options)
         sampling.prepare()
         return llm
 

@@ -181,6 +181,22 @@ class AsyncLM:
         streams = [self._stream(prompt, max_tokens, ends, temperature, seed, (i,)) for i, prompt in enumerate(prompts)]
         return _all_listed(streams)
 
+    # ---- text
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text to token ids, by the tokenizer."""
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Token ids to text, by the tokenizer; special tokens are written by their names."""
+        text: str = self.tokenizer.decode(list(token_ids))
+        return text
+
+    def get_eos_token_id(self) -> int | None:
+        """The token that ends a text; None if the tokenizer names none."""
+        eos: int | None = self.tokenizer.eos_token_id
+        return eos
+
     # ---- caches and life
 
     def cache_kv(self, prompt_tokens: Sequence[int], lora_name: str | None = None) -> None:

@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import random
+import sys
 import threading
 import time
 import warnings
@@ -219,11 +220,13 @@ def open_core(model: str, options: Mapping[str, Any]) -> Core:
     global _n_open
     with _building, _quiet(), _process_state_kept():
         try:
+            import numba  # noqa: F401  (vLLM would import it later)
             import vllm  # noqa: F401
             from vllm.platforms import current_platform
         except ImportError as error:
             raise BackendUnavailable("vLLM", INSTALL) from error
         torch.get_num_threads()  # see engine._prepare_thread
+        _steady_llvmlite()
         captured = Captured()
         config, executor = _config(model, checked_options(options, is_cpu=current_platform.is_cpu()), captured)
         from vllm.v1.engine.core import EngineCore
@@ -268,6 +271,17 @@ def _explained(model: str, error: Exception) -> Exception:
     if isinstance(error, OSError):
         return ModelNotFound(model, f"pass a Hugging Face id, a local folder, or 'smollm2' ({text})")
     return UnsupportedModel(f"vLLM cannot serve {model!r}: {text}", "check engine_opts, or use AsyncTransformer")
+
+
+def _steady_llvmlite() -> None:
+    """Let vLLM be loaded where numba was used before.
+
+    Without Triton, vLLM 0.32 looks for its kernels in `vars(value)["kernel"]` of everything in every module; llvmlite's
+    library answers any name with a function, `__dict__` too, which has no `get`.
+    """
+    library = getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None)
+    if library is not None:
+        getattr(library, "_fntab", {}).setdefault("__dict__", {})
 
 
 @contextlib.contextmanager

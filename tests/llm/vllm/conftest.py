@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding.ffi  # noqa: F401  (vLLM stumbles over it, see core._steady_llvmlite)
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,163 @@
+"""Committed tokens per second of backtracking walks, beside the two libraries: `python -m benchmark.backtracking`.
+
+Two tasks with the same settings for all: an operator (`ProbabilityThreshold`) beside backtracking-llm, and banned
+phrases beside backtrack_sampler. Walks start from one short prompt and each commit a number of tokens. The libraries
+have one walk at a time, so theirs is measured once and is the rate for any number of walks; ours are coroutines. They
+run in turn, round after round, each in a process of its own; the first round warms up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmark.engines import Patience, Worker, WorkerFailed
+from benchmark.environments import CACHE, PeerUnavailable, make_environment, our_python
+from benchmark.workloads import Cell, make_workload
+
+BACKTRACKING_LLM, BACKTRACK_SAMPLER = "0.3.1", "3.2.1"
+N_PROMPT = 12
+TARGETS = {1: 1.2, 8: 6.0, 64: 20.0}  # ours is to be at least so many times as fast
+
+
+class Task(NamedTuple):
+    """Ours and the library beside it, as named in `benchmark.peers`."""
+
+    title: str
+    ours: str
+    peer: str
+
+
+TASKS = (
+    Task("operator, beside backtracking-llm", "walks_operator", "backtracking_llm"),
+    Task("phrases, beside backtrack_sampler", "walks_phrases", "backtrack_sampler"),
+)
+
+
+def backtracking_llm_python(tell: Callable[[str], None]) -> Path:
+    """backtracking-llm on our torch and the transformers 4 that it asks for.
+
+    Raises:
+        PeerUnavailable: It could not be installed.
+    """
+    steps = [[_our_torch()], [f"backtracking-llm=={BACKTRACKING_LLM}", "transformers<5"]]
+    return make_environment(f"backtracking-llm-{BACKTRACKING_LLM}", steps, tell)
+
+
+def backtrack_sampler_python(tell: Callable[[str], None]) -> Path:
+    """backtrack_sampler on our torch and our transformers.
+
+    Raises:
+        PeerUnavailable: It could not be installed.
+    """
+    transformers = importlib.metadata.version("transformers")
+    steps = [[_our_torch()], [f"backtrack_sampler=={BACKTRACK_SAMPLER}", f"transformers=={transformers}"]]
+    return make_environment(f"backtrack-sampler-{BACKTRACK_SAMPLER}", steps, tell)
+
+
+PYTHONS = {"backtracking_llm": backtracking_llm_python, "backtrack_sampler": backtrack_sampler_python}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0 if both tasks were measured."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True)
+    report: dict[str, Any] = {"time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "tasks": {}}
+    patience = Patience(options.patience)
+    for task in TASKS:
+        try:
+            report["tasks"][task.title] = _measure(task, options, patience, console)
+        except (PeerUnavailable, WorkerFailed) as reason:
+            console.print(Text(f"{task.title}: not measured: {reason}", style="red"))
+    _print(report, options.walks)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0 if len(report["tasks"]) == len(TASKS) else 1
+
+
+def _measure(task: Task, options: argparse.Namespace, patience: Patience, console: Console) -> dict[str, Any]:
+    from genlm_backend.llm.demo_model import resolve_model
+    from genlm_backend.llm.loading import load_tokenizer
+
+    def tell(text: str) -> None:
+        console.print(Text(f"{text} ..."))
+
+    model_path = Path(resolve_model(options.model, tell))
+    tokenizer = load_tokenizer(str(model_path))
+    python = PYTHONS[task.peer](tell)
+    workers: list[Worker] = []
+    rates: dict[str, list[float]] = {}
+    counts: dict[str, dict[str, float]] = {}
+    try:
+        for name, where in ((task.ours, our_python(tell)), (task.peer, python)):
+            tell(f"loading {name}")
+            workers.append(Worker(name, where, model_path, options.threads))
+        for number in range(options.repeats + 1):
+            for worker in workers if number % 2 else workers[::-1]:
+                for n_walks in options.walks if worker.name == task.ours else [1]:
+                    tell(f"round {number}/{options.repeats}: {worker.name}, {n_walks} walks")
+                    workload = make_workload(
+                        tokenizer.encode, Cell(n_walks, N_PROMPT), options.steps, options.seed + number
+                    )
+                    patience.wait_for_quiet()
+                    reply = worker.run(workload)
+                    if number:
+                        rates.setdefault(f"{worker.name} {n_walks}", []).append(reply["n_tokens"] / reply["total_s"])
+                        counts[f"{worker.name} {n_walks}"] = reply["counts"] or {}
+        versions = {worker.name: worker.ready["versions"] | {"itself": worker.ready["version"]} for worker in workers}
+    finally:
+        for worker in workers:
+            worker.close()
+    peer = statistics.median(rates[f"{task.peer} 1"])
+    return {
+        "peer": task.peer,
+        "peer_tokens_per_s": peer,
+        "tokens_per_s": {n: statistics.median(rates[f"{task.ours} {n}"]) for n in options.walks},
+        "ratio": {n: statistics.median(rates[f"{task.ours} {n}"]) / peer for n in options.walks},
+        "rates": rates,
+        "counts": counts,
+        "versions": versions,
+    }
+
+
+def _print(report: dict[str, Any], walks: Sequence[int]) -> None:
+    table = Table(title="committed tokens per second")
+    for column in ("task", "the library, 1 walk", *(f"ours, {n}" for n in walks), "ratios (targets)"):
+        table.add_column(column)
+    for title, measured in report["tasks"].items():
+        ratios = ", ".join(f"{measured['ratio'][n]:.1f} ({TARGETS.get(n, 0):g})" for n in walks)
+        ours = [f"{measured['tokens_per_s'][n]:.1f}" for n in walks]
+        table.add_row(title, f"{measured['peer_tokens_per_s']:.1f}", *ours, ratios)
+    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+
+
+def _our_torch() -> str:
+    return f"torch=={importlib.metadata.version('torch').split('+')[0]}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Committed tokens per second of backtracking walks.")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--walks", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64])
+    parser.add_argument("--steps", type=int, default=48, help="tokens each walk commits")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for a quiet machine")
+    parser.add_argument("--json", type=Path, default=CACHE / "backtracking.json")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

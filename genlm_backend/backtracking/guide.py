@@ -1,0 +1,418 @@
+"""guide: text of a grammar from any model, by letting it write, checking, and correcting where it left the grammar.
+
+A stretch of text is drawn unchecked. What the grammar cannot read is taken back up to the start of the terminal at
+fault, one of the terminals expected there is written instead, and, where the rest still fits, the rest is put back.
+Text that is unfinished is alive and costs no correction; text that is complete ends where the grammar ends. This is a
+procedure: what comes out is no conditional of the model (for that, see `GrammarRule`).
+"""
+
+from __future__ import annotations
+
+import html as html_text
+import logging
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from genlm_backend.backtracking.grammar_rule import GrammarRule
+from genlm_backend.backtracking.parser import Candidate, Parser
+from genlm_backend.backtracking.text_models import TextFunction, continuation
+from genlm_backend.backtracking.walk import walk
+from genlm_backend.backtracking.writing import bytes_of
+from genlm_backend.batching import run_sync
+from genlm_backend.errors import InvalidGrammar, InvalidQuery
+from genlm_backend.llm.base import AsyncLM
+from genlm_backend.potentials.grammar import Grammar
+
+logger = logging.getLogger(__name__)
+
+_N_HEALED = 3  # tokens before a seam that are written anew, so that the model may join across it
+_MOST_OF_A_CANDIDATE = 24  # tokens
+_WORDS_REPLACED = 3  # by a candidate, at most, where the rest is put back
+
+
+class Correction(NamedTuple):
+    """One correction.
+
+    Attributes:
+        original_pred: The text before.
+        corrected_pred: The text after.
+        selected_candidate: What was written.
+        type: "single_candidate" or "draft_gen" (the model chose), with "_middle_fill" where the rest was put back.
+    """
+
+    original_pred: str
+    corrected_pred: str
+    selected_candidate: str
+    type: str
+
+
+@dataclass
+class Guided:
+    """What `guide` came to.
+
+    Attributes:
+        response: The text, without prompt and stop text.
+        valid: Whether it is a whole text of the grammar. It is always a beginning of one.
+        num_grammar_corrections: How many were made.
+        correction_log: Which.
+        process_time_seconds: From call to return.
+        html: A picture of what was written, taken back and corrected; None unless asked for.
+    """
+
+    response: str
+    valid: bool
+    num_grammar_corrections: int
+    correction_log: list[Correction]
+    process_time_seconds: float
+    html: str | None
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The corrections as dictionaries."""
+        return [correction._asdict() for correction in self.correction_log]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self)
+
+
+def guide(model: Any, parser: Parser, prompt: str, tokenizer: Any = None, **options: Any) -> Guided:
+    """`aguide` for callers that cannot await; works inside a running event loop, and blocks it."""
+    return run_sync(aguide(model, parser, prompt, tokenizer, **options))
+
+
+async def aguide(
+    model: Any,
+    parser: Parser,
+    prompt: str,
+    tokenizer: Any = None,
+    draft_model: Any = None,
+    seed_str: str | None = None,
+    max_grammar_corrections: int = 3,
+    stop_at: str | Sequence[str] | None = None,
+    token_healing: bool = True,
+    top_p: float = 0.9,
+    temperature: float = 0.6,
+    max_new_tokens: int = 32,
+    save_html: bool = True,
+    verbose: bool = False,
+    *,
+    seed: int | None = None,
+) -> Guided:
+    """A text of a grammar that continues a prompt.
+
+    Args:
+        model: An `AsyncLM`, the name of one, a loaded Hugging Face model, or a function from a prompt to its
+            continuation, sync or async: any API.
+        parser: From `load_parser`.
+        prompt: What to continue.
+        tokenizer: That of a loaded Hugging Face model.
+        draft_model: Chooses among candidates; None is the model itself. Kinds as for `model`.
+        seed_str: The text begins with this.
+        max_grammar_corrections: Most corrections.
+        stop_at: Strings before which the text ends.
+        token_healing: Let the model choose anew the last tokens before each seam, with the same bytes.
+        top_p: Of the draws of an `AsyncLM`; a function draws as it likes.
+        temperature: Likewise.
+        max_new_tokens: Of one stretch between checks. In all it is at most
+            `max_new_tokens * (max_grammar_corrections + 1)`, and the candidates. A function bounds its own answers.
+        save_html: Draw the picture; no file is written.
+        verbose: Log each correction at level INFO.
+        seed: Equal seeds give equal texts; None takes a fresh one.
+
+    Raises:
+        InvalidGrammar: `seed_str` is no beginning of a text of the grammar.
+        InvalidQuery: A bound is negative.
+        GenlmError: What the model raises.
+    """
+    if max_grammar_corrections < 0 or max_new_tokens < 1:
+        raise InvalidQuery("max_grammar_corrections is at least 0, and max_new_tokens at least 1")
+    started = time.perf_counter()
+    writer = _writer_of(model, tokenizer, top_p, temperature, max_new_tokens, token_healing, seed)
+    drafter = (
+        writer if draft_model is None else _writer_of(draft_model, tokenizer, top_p, 0.0, max_new_tokens, True, seed)
+    )
+    stops = [stop_at] if isinstance(stop_at, str) else list(stop_at or ())
+    state = _State(seed_str or "")
+    if not parser.is_viable(state.text):
+        raise InvalidGrammar("seed_str", f"{seed_str!r} begins no text of the grammar", "correct it, or leave it out")
+    if not state.text:
+        state.write(_only_beginning(parser), "candidate")
+    state.trace[:0] = [("seed", seed_str)] if seed_str else []
+    for _ in range(max_grammar_corrections + 1):
+        piece, is_over = await writer.write(prompt, state.text, stops)
+        is_done = await _read(state, piece, is_over, parser, prompt, drafter, max_grammar_corrections, verbose)
+        if is_done:
+            break
+    return Guided(
+        response=state.text,
+        valid=parser.is_valid(state.text),
+        num_grammar_corrections=len(state.corrections),
+        correction_log=state.corrections,
+        process_time_seconds=time.perf_counter() - started,
+        html=_picture(prompt, state.trace) if save_html else None,
+    )
+
+
+async def _read(
+    state: _State,
+    piece: str,
+    is_over: bool,
+    parser: Parser,
+    prompt: str,
+    drafter: _Writer,
+    max_corrections: int,
+    verbose: bool,
+) -> bool:
+    """Take what the model wrote into the text, corrected where it must be; whether the text is finished."""
+    before, prediction = state.text, state.text + piece
+    n_viable = parser.n_viable(prediction)
+    viable = prediction[:n_viable]
+    if n_viable < len(prediction) and parser.is_valid(viable):
+        state.write(viable[len(before) :], "written")
+        state.trace.append(("taken back", prediction[n_viable:]))
+        return True
+    if n_viable == len(prediction) and (not is_over or parser.is_valid(prediction)):
+        state.write(piece, "written")
+        return is_over or (parser.is_valid(prediction) and not parser.expected(prediction + "\uffff").candidates)
+    if len(state.corrections) >= max_corrections:
+        state.write(viable[len(before) :], "written")
+        state.trace.append(("taken back", prediction[n_viable:]))
+        return True
+    return not await _correct(state, prediction, parser, prompt, drafter, verbose)
+
+
+async def _correct(
+    state: _State, prediction: str, parser: Parser, prompt: str, drafter: _Writer, verbose: bool
+) -> bool:
+    """Write a terminal that the grammar expects where it stops; whether there is one."""
+    expected = parser.expected(prediction)
+    prefix = expected.prefix[: parser.n_viable(expected.prefix)]
+    usable = [c for c in expected.candidates if c.is_regex or parser.is_viable(_joined(prefix, c.text))]
+    if not usable:
+        state.replace(prefix, prediction)
+        return False
+    if len(usable) == 1 and not usable[0].is_regex:
+        chosen, kind = usable[0].text, "single_candidate"
+    else:
+        chosen, kind = await drafter.choose(prompt, prefix, usable), "draft_gen"
+    corrected = _joined(prefix, chosen)
+    if not chosen or not parser.is_viable(corrected):
+        plain = [candidate.text for candidate in usable if not candidate.is_regex]
+        if not plain:
+            state.replace(prefix, prediction)
+            return False
+        chosen, corrected = plain[0], _joined(prefix, plain[0])
+    rest = prediction[len(prefix) :]
+    for _ in range(_WORDS_REPLACED + 1):
+        if rest.strip() and parser.is_viable(corrected + rest):
+            corrected, kind = corrected + rest, f"{kind}_middle_fill"
+            break
+        rest = re.sub(r"^\s*\S+", "", rest)
+    state.replace(prefix, prediction)
+    state.write(corrected[len(prefix) :], "candidate")
+    state.corrections.append(Correction(prediction, corrected, chosen, kind))
+    if verbose:
+        logger.info("%s: %r after %r", kind, chosen, prefix[-40:])
+    return True
+
+
+def choose_candidate(candidates: Sequence[str], prefix: str, draft_model: Any) -> str:
+    """The candidate that a model would most readily go on with after a prefix; candidates are taken as texts.
+
+    Raises:
+        InvalidQuery: There is no candidate.
+    """
+    if not candidates:
+        raise InvalidQuery("there is no candidate to choose")
+    drafter = _writer_of(draft_model, None, 1.0, 0.0, _MOST_OF_A_CANDIDATE, True, 0)
+    return run_sync(drafter.choose("", prefix, [Candidate(text, False) for text in candidates]))
+
+
+@dataclass
+class _State:
+    """The text so far, and how it came to be."""
+
+    text: str
+    corrections: list[Correction] = field(default_factory=list)
+    trace: list[tuple[str, str]] = field(default_factory=list)
+
+    def write(self, piece: str, how: str) -> None:
+        self.text += piece
+        if piece:
+            self.trace.append((how, piece))
+
+    def replace(self, prefix: str, prediction: str) -> None:
+        """Go to a prefix of a prediction, which may be shorter than the text."""
+        if len(prefix) >= len(self.text):
+            self.write(prefix[len(self.text) :], "written")
+        else:
+            self.text = prefix
+        self.trace.append(("taken back", prediction[len(prefix) :]))
+
+
+class _Writer:
+    """Writes text after text, and chooses among candidates."""
+
+    async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool]:
+        """A stretch of text, and whether the model ended there."""
+        raise NotImplementedError
+
+    async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
+        """One of the candidates, or a text that the expression of one matches."""
+        raise NotImplementedError
+
+
+class _FunctionWriter(_Writer):
+    def __init__(self, function: TextFunction) -> None:
+        self._function = function
+
+    async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool]:
+        piece = await continuation(self._function, prompt + text)
+        cut = min([piece.find(stop) for stop in stops if stop in piece], default=-1)
+        return (piece, not piece) if cut < 0 else (piece[:cut], True)
+
+    async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
+        """What the function goes on with if it is a candidate; else the candidate that shares most with it."""
+        said = (await continuation(self._function, prompt + prefix)).lstrip()
+        for candidate in candidates:
+            found = re.match(candidate.text if candidate.is_regex else re.escape(candidate.text), said)
+            if found and found[0]:
+                return found[0]
+        plain = [candidate.text for candidate in candidates if not candidate.is_regex]
+        return max(plain, key=lambda text: _n_common(text, said), default="")
+
+
+class _ModelWriter(_Writer):
+    def __init__(
+        self, llm: AsyncLM, top_p: float, temperature: float, max_new_tokens: int, heals: bool, seed: int | None
+    ) -> None:
+        self._llm = llm
+        self._filters: dict[str, Any] = {"temperature": temperature, "top_p": top_p if temperature else None}
+        self._max_new_tokens = max_new_tokens
+        self._heals = heals
+        self._seed = seed
+        self._n_written = 0
+
+    async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool]:
+        token_ids, healed = self._seam(prompt + text, text)
+        self._n_written += 1
+        rules = [GrammarRule(Grammar.regex(self._llm, f"{_escaped(healed)}(?s:.*)"))] if healed else []
+        room = self._max_new_tokens + len(healed)
+        outcome = await walk(
+            self._llm,
+            token_ids,
+            rules,
+            max_new_tokens=room,
+            mode="mask" if healed else "local",
+            stop=list(stops),
+            seed=self._seed,
+            lineage=(self._n_written,),
+            **self._filters,
+        )
+        piece = outcome.text[len(healed) :] if outcome.text.startswith(healed) else ""
+        return piece, outcome.reason in ("eos", "stop")
+
+    async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
+        """Greedily, among the texts of all candidates."""
+        token_ids, healed = self._seam(prompt + prefix, prefix)
+        options = "|".join(f"(?:{c.text})" if c.is_regex else _escaped(c.text) for c in candidates)
+        blank = " ?" if prefix and not prefix[-1:].isspace() else ""
+        try:
+            constraint = Grammar.regex(self._llm, f"{_escaped(healed)}{blank}(?:{options})")
+        except InvalidGrammar:
+            plain = [c.text for c in candidates if not c.is_regex]
+            constraint = Grammar.regex(self._llm, f"{_escaped(healed)}{blank}(?:{'|'.join(map(_escaped, plain))})")
+        state, ids = constraint.start(), list(token_ids)
+        for _ in range(_MOST_OF_A_CANDIDATE + len(healed)):
+            mask = constraint.mask(state)
+            if constraint.is_complete(state) and not mask[:-1].any():
+                break
+            if not mask[:-1].any():
+                return ""
+            row = await self._llm.next_token_logprobs(ids)
+            if constraint.is_complete(state) and not mask[int(row.argmax())]:
+                break  # the model would rather go on with something else
+            best = row.cpu().masked_fill(_as_tensor(~mask[:-1]), float("-inf"))
+            ids.append(int(best.argmax()))
+            state = constraint.extend(state, ids[-1])
+        written = bytes_of(self._llm, ids[len(token_ids) :]).decode("utf-8", "ignore")
+        return written[len(healed) :].lstrip() if constraint.is_complete(state) else ""
+
+    def _seam(self, whole: str, changeable: str) -> tuple[list[int], str]:
+        """The tokens to continue, and the text of those left out, to be written anew; the prompt stays as it is."""
+        token_ids: list[int] = list(self._llm.tokenizer.encode(whole))
+        n_healed = 0
+        if self._heals:
+            room = len(changeable.encode())
+            while n_healed < min(_N_HEALED, len(token_ids) - 1):
+                token = self._llm.byte_vocab[token_ids[-1 - n_healed]]
+                if token.is_special or len(token) > room:
+                    break
+                room -= len(token)
+                n_healed += 1
+        kept = token_ids[: len(token_ids) - n_healed]
+        try:
+            return kept, bytes_of(self._llm, token_ids[len(kept) :]).decode()
+        except UnicodeDecodeError:  # a character lies across the seam
+            return token_ids, ""
+
+
+def _writer_of(
+    model: Any, tokenizer: Any, top_p: float, temperature: float, max_new_tokens: int, heals: bool, seed: int | None
+) -> _Writer:
+    if isinstance(model, str):
+        from genlm_backend.llm import load_model_by_name
+
+        model = load_model_by_name(model)
+    elif not isinstance(model, AsyncLM) and hasattr(model, "get_input_embeddings"):
+        from genlm_backend.llm import AsyncTransformer
+
+        model = AsyncTransformer(model, tokenizer)
+    if isinstance(model, AsyncLM):
+        return _ModelWriter(model, top_p, temperature, max_new_tokens, heals, seed)
+    if callable(model):
+        return _FunctionWriter(model)
+    raise InvalidQuery(f"model is a {type(model).__name__}; expected an AsyncLM, a model, its name, or a function")
+
+
+def _only_beginning(parser: Parser) -> str:
+    """The one terminal that every text begins with; "" if there is a choice, or none."""
+    if parser.is_valid(""):
+        return ""
+    candidates = parser.expected("").candidates
+    return candidates[0].text if len(candidates) == 1 and not candidates[0].is_regex else ""
+
+
+def _joined(prefix: str, text: str) -> str:
+    """Word after word with a blank between."""
+    is_word = prefix[-1:].isalnum() and text[:1].isalnum()
+    return f"{prefix} {text}" if is_word else prefix + text
+
+
+def _n_common(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/])", r"\\\1", text).replace("\n", r"\n").replace("\r", r"\r")
+
+
+def _as_tensor(mask: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(mask)
+
+
+_COLOURS = {"written": "#2e7d32", "candidate": "#1565c0", "taken back": "#c62828", "seed": "#6d4c41"}
+
+
+def _picture(prompt: str, trace: Sequence[tuple[str, str]]) -> str:
+    """Spans in the order of events: green was written, blue corrected, red and struck through taken back."""
+    spans = [f'<span style="color:#757575">{html_text.escape(prompt)}</span>']
+    for how, piece in trace:
+        struck = ";text-decoration:line-through" if how == "taken back" else ""
+        spans.append(f'<span title="{how}" style="color:{_COLOURS[how]}{struck}">{html_text.escape(piece)}</span>')
+    return f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>'

@@ -1,0 +1,145 @@
+"""Walks under a grammar: what they draw, against enumeration; where they end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from genlm_backend.backtracking import walk
+from genlm_backend.backtracking.grammar_rule import GrammarRule
+from genlm_backend.errors import InvalidQuery
+from genlm_backend.potentials import StringSet
+from genlm_backend.testing import FakeEngine, fake_language_model
+
+# Token i is the byte i; 3 ends a text. Every text of the set has a beginning that leads out of it.
+EOS = 3
+TEXTS = [bytes(text) for text in ([0], [0, 1], [1, 1, 2], [1, 2, 0], [2], [2, 2, 2])]
+PROMPT = [1]
+N_DRAWS = 1200
+
+
+async def conditional(engine: FakeEngine) -> dict[bytes, float]:
+    """The model given the set, by enumeration."""
+    weights = {}
+    for text in TEXTS:
+        path = [*text, EOS]
+        weights[text] = math.exp(sum(float(engine.row([*PROMPT, *path[:i]])[t]) for i, t in enumerate(path)))
+    total = sum(weights.values())
+    return {text: weight / total for text, weight in weights.items()}
+
+
+def locally(engine: FakeEngine) -> dict[bytes, float]:
+    """Each token given that the text may still become one of the set."""
+    shares = {}
+    for text in TEXTS:
+        share = 1.0
+        for i, token in enumerate([*text, EOS]):
+            row = engine.row([*PROMPT, *text[:i]]).exp()
+            follows = {t[i] for t in TEXTS if t[:i] == text[:i] and len(t) > i} | (
+                {EOS} if text[:i] in TEXTS else set()
+            )
+            share *= float(row[token] / row[sorted(follows)].sum())
+        shares[text] = share
+    return shares
+
+
+async def drawn(mode: str, every: int, n: int = N_DRAWS) -> tuple[FakeEngine, dict[bytes, float]]:
+    engine = FakeEngine(n_logits=4)
+    async with fake_language_model(engine, n_vocab=4) as llm:
+        rule = GrammarRule(StringSet(llm, TEXTS), every=every)
+        walks = [
+            walk(llm, PROMPT, rule, max_new_tokens=8, eos=[EOS], mode=mode, seed=7, lineage=(i,)) for i in range(n)
+        ]
+        outcomes = await asyncio.gather(*walks)
+        assert all(outcome.reason == "eos" for outcome in outcomes)
+        assert all(rule.is_valid(outcome.state[0]._replace(unread=())) for outcome in outcomes)
+        counts = Counter(bytes(outcome.token_ids[:-1]) for outcome in outcomes)
+    assert set(counts) <= set(TEXTS)
+    return engine, {text: counts[text] / n for text in TEXTS}
+
+
+def distance(one: dict[bytes, float], other: dict[bytes, float]) -> float:
+    return sum(abs(one[text] - other[text]) for text in TEXTS)
+
+
+# sum |p_hat - p| over 6 outcomes; false-alarm rate 1e-9 (Weissman et al. 2003)
+BOUND = math.sqrt(2 * (len(TEXTS) * math.log(2) + 9 * math.log(10)) / N_DRAWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "every"), [("mask", 1), ("local", 1)])
+async def test_masking_and_checking_draw_the_same(mode: str, every: int) -> None:
+    engine, shares = await drawn(mode, every)
+    assert distance(shares, locally(engine)) <= BOUND
+    assert distance(shares, await conditional(engine)) > BOUND, "the bound tells the two laws apart"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 3])
+async def test_exact_walks_draw_from_the_model_given_the_grammar(every: int) -> None:
+    engine, shares = await drawn("exact", every)
+    assert distance(shares, await conditional(engine)) <= BOUND
+    assert distance(shares, locally(engine)) > BOUND
+
+
+async def test_looking_ahead_takes_back_to_the_longest_part_that_is_read() -> None:
+    engine = FakeEngine(n_logits=4)
+    async with fake_language_model(engine, n_vocab=4) as llm:
+        rule = GrammarRule(StringSet(llm, [b"\x00\x01\x02\x00\x01\x02"]), every=3)
+        outcome = await walk(llm, PROMPT, rule, max_new_tokens=6, eos=[], seed=1)
+        assert bytes(outcome.token_ids) == b"\x00\x01\x02\x00\x01\x02"
+        assert rule.is_valid(outcome.state[0])
+
+
+async def test_text_without_room_is_unfinished_not_wrong() -> None:
+    engine = FakeEngine(n_logits=4)
+    async with fake_language_model(engine, n_vocab=4) as llm:
+        rule = GrammarRule(StringSet(llm, [b"\x00\x01\x02\x00\x01\x02"]))
+        outcome = await walk(llm, PROMPT, rule, max_new_tokens=4, eos=[EOS], seed=1)
+        assert (outcome.reason, bytes(outcome.token_ids)) == ("length", b"\x00\x01\x02\x00")
+        assert not rule.is_valid(outcome.state[0])
+
+
+async def test_checking_asks_for_one_token_at_a_time() -> None:
+    class Counting(StringSet):
+        n_masks = n_asked = 0
+
+        def mask(self, state: Any) -> Any:
+            self.n_masks += 1
+            return super().mask(state)
+
+        def allows(self, state: Any, symbol: int) -> bool:
+            self.n_asked += 1
+            return super().allows(state, symbol)
+
+    engine = FakeEngine(n_logits=4)
+    async with fake_language_model(engine, n_vocab=4) as llm:
+        constraint = Counting(llm, TEXTS)
+        outcome = await walk(llm, PROMPT, GrammarRule(constraint), max_new_tokens=8, eos=[EOS], seed=1)
+        assert constraint.n_masks == 0 and constraint.n_asked == outcome.n_draws
+        await walk(llm, PROMPT, GrammarRule(constraint), max_new_tokens=8, eos=[EOS], seed=1, mode="mask")
+        assert constraint.n_masks > 0
+    with pytest.raises(InvalidQuery, match="every"):
+        GrammarRule(constraint, every=0)
+
+
+def test_the_mask_is_what_is_checked() -> None:
+    engine = FakeEngine(n_logits=4)
+    llm = fake_language_model(engine, n_vocab=4)
+    constraint = StringSet(llm, TEXTS)
+    rule = GrammarRule(constraint)
+    from genlm_backend.backtracking import Prompt
+
+    state = rule.init(Prompt((1,), llm.byte_vocab, frozenset([EOS])))
+    for path in itertools.chain.from_iterable(itertools.product(range(3), repeat=n) for n in range(3)):
+        here = state._replace(read=constraint.state_of(path))
+        row = rule.allowed(here)
+        expected = [constraint.allows(here.read, i) for i in range(3)] + [constraint.is_complete(here.read)]
+        assert np.array_equal(row, expected)
+    llm.close()

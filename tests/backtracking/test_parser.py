@@ -1,0 +1,116 @@
+"""What a grammar reads of a text, and what it expects where it stops; two engines, one answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from genlm_backend.backtracking import Parser, load_parser, obtain_correction_pairs
+from genlm_backend.errors import InvalidGrammar, UnsupportedGrammar
+from genlm_backend.potentials import GrammarVocabulary
+from genlm_backend.tokenization import Token
+
+SHIPPED = {
+    "json": (['{"a": [1, -2.5e3, null], "b": {}}', '"\\u00e9"', "true"], ['{"a" 1}', "{'a': 1}", "01", "[1,]"]),
+    "arithmetic": (["1 + (2*3)**2", "-4/2"], ["1 +* 2", "(1", "2 2"]),
+    "robot": (["  move north 3; repeat 2 { turn left; take lamp }"], ["move up 1", "turn", "repeat 0 { turn left }"]),
+    "sql": (
+        [
+            "SELECT * FROM students WHERE name LIKE 'Dan%';",
+            "SELECT DISTINCT s.name AS n, COUNT(*) FROM students AS s LEFT JOIN marks ON s.id = marks.id GROUP BY n",
+            "SELECT a FROM t WHERE a NOT IN (1, 2) AND (b IS NOT NULL OR c >= 3.5) ORDER BY a DESC LIMIT 3 OFFSET 1",
+            "SELECT a FROM t UNION ALL SELECT b FROM (SELECT b FROM u)",
+        ],
+        ["SELECT FROM t", "SELECT a FROM t WHERE name SIMILAR TO 'x'", "DELETE FROM t"],
+    ),
+}
+PRIORITY = 'start: word+\nword: A | B\nA.2: "a"\nB: /[a-c]/\n'
+TEMPLATE = 'start: _list{NUMBER}\n_list{item}: item ("," item)*\nNUMBER: /[0-9]+(\\.[0-9]+)?/\n'
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_grammars_read_what_they_should(name: str) -> None:
+    parser = load_parser(name)
+    assert parser.engine == "llguidance", parser.refusal
+    good, bad = SHIPPED[name]
+    for text in good:
+        assert parser.is_valid(text) and parser.is_viable(text), text
+    for text in bad:
+        assert not parser.is_valid(text), text
+
+
+def test_the_published_correction() -> None:
+    """The part that is read keeps its white space."""
+    prefix, candidates = obtain_correction_pairs(
+        "SELECT * FROM students WHERE name SIMILAR TO 'Dan%';", load_parser("sql")
+    )
+    assert (prefix, len(prefix)) == ("SELECT * FROM students WHERE name ", 34)
+    assert {"IN", ">", "=", "NOT", "BETWEEN", "LIKE"} <= set(candidates)
+    assert all(load_parser("sql").is_viable(prefix + candidate) for candidate in candidates)
+
+
+def test_terminals_are_told_by_their_expressions() -> None:
+    prefix, candidates = obtain_correction_pairs('{"a": ,', load_parser("json"))
+    assert prefix == '{"a": '
+    assert "null" in candidates and any(candidate.startswith("-?(0|") for candidate in candidates)
+    assert obtain_correction_pairs("[1]", load_parser("json")) == ("[1]", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "n"),
+    [
+        ("sql", "SELECT a WHE", 12),
+        ("sql", "SELEC", 5),
+        ("sql", "SELECX", 5),
+        ("json", '{"key', 5),
+        ("json", '{"é": tru', 9),
+        ("json", '{"é": trx', 8),
+        ("arithmetic", "", 0),
+        ("arithmetic", "1.", 2),
+    ],
+)
+def test_unfinished_text_is_alive(name: str, text: str, n: int) -> None:
+    parser = load_parser(name)
+    assert parser.n_viable(text) == n
+    assert parser.is_viable(text) == (n == len(text))
+
+
+@pytest.mark.parametrize(("grammar", "text", "n"), [(TEMPLATE, "1,2.", 4), (TEMPLATE, "1,,", 2), (PRIORITY, "abx", 2)])
+def test_what_llguidance_lacks_runs_on_lark(grammar: str, text: str, n: int) -> None:
+    parser = load_parser(grammar)
+    assert parser.engine == "lark"
+    assert parser.n_viable(text) == n
+    with pytest.raises(UnsupportedGrammar, match="no masks"):
+        parser.constraint(GrammarVocabulary([Token(i, bytes([i])) for i in range(256)]))
+    assert load_parser(TEMPLATE).is_valid("1,2.5,3") and not load_parser(TEMPLATE).is_valid("1,")
+
+
+@pytest.mark.parametrize("name", ["json", "arithmetic", "robot"])
+def test_both_engines_agree(name: str) -> None:
+    both = load_parser(name), load_parser(name)
+    both[1]._grammar = None
+    good, bad = SHIPPED[name]
+    for text in [*good, *bad]:
+        for end in range(0, len(text) + 1, 3):
+            here = text[:end]
+            assert both[0].is_valid(here) == both[1].is_valid(here), here
+            assert both[0].n_viable(here) == both[1].n_viable(here), here
+
+
+def test_grammars_come_from_text_paths_and_names(tmp_path: Path) -> None:
+    path = tmp_path / "two.lark"
+    path.write_text('start: "two"\n', encoding="utf-8")
+    for parser in (load_parser('start: "two"'), load_parser(str(path)), load_parser(lark_grammar_filepath=path)):
+        assert isinstance(parser, Parser) and parser.is_valid("two")
+    with pytest.raises(InvalidGrammar, match="arithmetic"):
+        load_parser("no such grammar")
+    with pytest.raises(InvalidGrammar, match="neither"):
+        load_parser()
+    with pytest.raises(InvalidGrammar):
+        load_parser("start: (")
+
+
+def test_what_lark_writes_is_read() -> None:
+    parser = load_parser('start: "x"i ~ 2 WORD\n%import common.WORD\n%import common.WS\n%ignore WS\n')
+    assert parser.is_valid("X x word") and not parser.is_valid("x word")

@@ -1,0 +1,180 @@
+"""Phrases and expressions are found in bytes, whatever the tokens, and taken back to their start."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import string
+
+import pytest
+
+from genlm_backend.backtracking import Keep, Prompt, Step, Undo, phrases, regexes, walk
+from genlm_backend.backtracking.automaton import Automaton
+from genlm_backend.tokenization import Token
+from tests.backtracking.speaker import chooser, speaker
+
+
+def fed(rule, pieces, prompt=b"", special=()):
+    """The verdicts on pieces that come one after another, as if each were kept."""
+    vocab = [Token(0, prompt)]
+    state = rule.init(Prompt((0,) if prompt else (), vocab))
+    verdicts = []
+    for i, piece in enumerate(pieces):
+        step = Step(i, piece, (), -1.0, -1.0, is_special=piece in special, byte_vocab=[Token(0, b" "), Token(1, b"x")])
+        state, verdict = rule.step(state, step)
+        verdicts.append(verdict)
+    return verdicts, rule.end(state)
+
+
+def undos(rule, pieces, **options):
+    verdicts, end = fed(rule, pieces, **options)
+    return [(i, v.n) for i, v in enumerate([*verdicts, end]) if isinstance(v, Undo)]
+
+
+@pytest.mark.parametrize(
+    ("phrase", "pieces", "expected"),
+    [
+        ("tapestry", [b" tap", b"estry", b" of"], [(2, 3)]),
+        ("tapestry", [b" TAP", b"estry", b"!"], [(2, 3)]),  # without case
+        ("tapestry", [b"t", b"ap", b"est", b"ry"], [(4, 4)]),  # another segmentation; judged where the text ends
+        ("so", [b"So", b"me"], []),  # not within a word
+        ("so", [b"al", b"so", b" on"], []),
+        ("so", [b"So", b"."], [(1, 2)]),
+        ("as an AI", [b" as", b" an", b" ai", b" model"], [(3, 4)]),
+        ("***", [b"a**", b"*b"], [(1, 2)]),  # no word: at once
+        ("é!", ["É".encode()[:1], "É".encode()[1:], b"!"], [(2, 3)]),  # a character in two tokens
+        ("日本", ["日".encode(), "本".encode()[:1], "本".encode()[1:], b"."], [(3, 4)]),
+        ("a b", [b"xx a b yy"], [(0, 1)]),  # inside one token
+    ],
+)
+def test_a_phrase_is_found_across_tokens(phrase, pieces, expected):
+    assert undos(phrases(phrase), pieces) == expected
+
+
+def test_without_edges_and_with_case():
+    assert undos(phrases("so", words=False), [b"Some"]) == [(0, 1)]
+    assert undos(phrases("so", words=False, fold=False), [b"Some"]) == []
+
+
+def test_a_phrase_that_begins_in_the_prompt_is_found():
+    assert undos(phrases("language model"), [b" mo", b"del", b","], prompt=b"As a language") == [(2, 3)]
+    assert undos(phrases("language"), [b" model"], prompt=b"As a language") == []  # wholly in the prompt: not ours
+
+
+def test_the_name_of_a_special_token_is_found_and_no_phrase_crosses_another():
+    assert undos(phrases("</think>"), [b"a", b"</think>"], special=[b"</think>"]) == [(1, 1)]
+    assert undos(phrases("ab"), [b"a", b"<end>", b"b", b" "], special=[b"<end>"]) == []
+    assert undos(phrases("end"), [b"<end>"], special=[b"<end>"]) == []
+
+
+def test_first_tokens_can_be_left_out():
+    assert undos(phrases("a", words=False, skip_tokens=2), [b"a", b"a", b"a"]) == [(2, 1)]
+
+
+def test_text_is_held_back_only_while_a_phrase_can_still_match():
+    verdicts, _ = fed(phrases("rich tapestry"), [b"A", b" rich", b" tap", b" dance", b" rich"])
+    assert verdicts == [Keep(0), Keep(1), Keep(2), Keep(0), Keep(1)]
+    verdicts, _ = fed(phrases("rich tapestry"), [b" enrich", b" t"])
+    assert verdicts == [Keep(0), Keep(0)], "no phrase begins within a word"
+
+
+def test_the_ban_that_reaches_furthest_back_counts_and_penalties_come_after_bans():
+    rule = phrases({"b!": 0.0, "a b!": 0.0, "!": 0.5})
+    assert undos(rule, [b"a ", b"b", b"!"]) == [(2, 3)]
+    verdicts, _ = fed(phrases({"b!": 0.5, "!": 0.5}), [b"b", b"!"])
+    assert verdicts[1].keep == 0.25
+
+
+@pytest.mark.parametrize("bad", [{"": 0}, {"a": 1.0}, {"a": -0.1}, {}])
+def test_what_is_no_phrase_is_refused(bad):
+    with pytest.raises(ValueError):
+        phrases(bad)
+
+
+def test_the_automaton_finds_what_a_plain_search_finds():
+    rng = random.Random(0)
+    for _ in range(50):
+        words = {"".join(rng.choices("ab", k=rng.randint(1, 5))) for _ in range(6)}
+        text = "".join(rng.choices("abc", k=60))
+        automaton, at = Automaton(sorted(words)), 0
+        for i, character in enumerate(text):
+            at = automaton.step(at, character)
+            expected = sorted((len(w) for w in words if text[: i + 1].endswith(w)), reverse=True)
+            assert list(automaton.lengths[at]) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pieces", "expected"),
+    [
+        (r"\d{3}-\d{4}", [b"call 55", b"5-1", b"234", b" now"], [(2, 3)]),
+        (r"\bSo\b", [b"So", b"me"], []),
+        (r"\bSo\b", [b"So", b" on"], [(1, 2)]),
+        (r"\bSo\b", [b"So"], [(1, 1)]),  # judged where the text ends
+        (r"a+b", [b"aa", b"a", b"b"], [(2, 3)]),
+        ("é", [b"\xc3", b"\xa9"], [(1, 2)]),
+    ],
+)
+def test_an_expression_is_found_across_tokens(pattern, pieces, expected):
+    assert undos(regexes(pattern), pieces) == expected
+
+
+def test_expressions_hold_back_a_partial_match_and_refuse_the_empty_one():
+    verdicts, _ = fed(regexes(r"\d{3}-\d{4}"), [b"a", b"55", b"5-", b"x"])
+    assert [v.hold for v in verdicts] == [0, 1, 2, 0]
+    with pytest.raises(ValueError, match="empty text"):
+        regexes("a*")
+    with pytest.raises(ValueError, match="malformed"):
+        regexes("(")
+
+
+VOCAB = [b"<prompt>", b"a", b" rich", b" tapestry", b" of", b" cloth", b".", b" So", b"me", b"<eos>"]
+SAYS = chooser(
+    otherwise={" rich": 1.0},
+    **{" rich": {" tapestry": 0.9, " cloth": 0.1}, " tapestry": {" of": 0.7, ".": 0.3}, " cloth": {".": 1.0}},
+    **{".": {"<eos>": 1.0}, " of": {" cloth": 1.0}},
+)
+
+
+@pytest.mark.parametrize("mode", ["exact", "local"])
+async def test_a_walk_never_says_a_banned_phrase(mode):
+    async with speaker(VOCAB, SAYS) as llm:
+        for seed in range(20):
+            outcome = await walk(llm, [1], phrases("Rich Tapestry"), eos=[9], mode=mode, seed=seed, max_new_tokens=8)
+            assert outcome.text == " rich cloth." and outcome.reason == "eos"
+
+
+async def test_mode_first_also_removes_what_is_innocent():
+    async with speaker(VOCAB, SAYS) as llm:
+        outcome = await walk(llm, [1], phrases("Rich Tapestry"), eos=[9], mode="first", seed=0, max_new_tokens=8)
+        assert outcome.n_undos >= 1 and not outcome.text.startswith(" rich")  # as AntiSlop does
+
+
+async def test_once_the_word_has_ended_all_its_ends_are_removed_together():
+    async with speaker(VOCAB, SAYS) as llm:
+        counts = [
+            (await walk(llm, [1], phrases("tapestry"), eos=[9], seed=seed, max_new_tokens=8)).n_undos
+            for seed in range(60)
+        ]
+    assert max(counts) == 1, "one rollback, not one for every token that may follow"
+
+
+async def test_a_phrase_at_the_very_end_is_taken_back():
+    async with speaker(VOCAB, SAYS) as llm:
+        for seed in range(10):
+            outcome = await walk(llm, [1], phrases("tapestry"), eos=[9], seed=seed, max_new_tokens=2)
+            assert outcome.text == " rich cloth" and outcome.reason == "length"
+
+
+def test_random_bans_agree_with_a_plain_search():
+    """The reference is `re` on the whole text; tokens are random cuts of it."""
+    rng = random.Random(1)
+    for _ in range(300):
+        text = "".join(rng.choices("ab -" + string.ascii_uppercase[:2], k=rng.randint(1, 30)))
+        banned = "".join(rng.choices("abAB -", k=rng.randint(1, 4)))
+        cuts = sorted({0, len(text), *(rng.randrange(len(text)) for _ in range(8))})
+        pieces = [text[a:b].encode() for a, b in itertools.pairwise(cuts)]
+        left = r"(?<!\w)" if re.match(r"\w", banned) else ""
+        right = r"(?!\w)" if re.search(r"\w$", banned) else ""
+        is_there = re.search(left + re.escape(banned) + right, text, re.IGNORECASE) is not None
+        assert bool(undos(phrases(banned), pieces)) == is_there, (banned, pieces)

@@ -1,0 +1,187 @@
+"""The loop: modes, budgets, verdicts, finality, events."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from genlm_backend import sampling
+from genlm_backend.backtracking import Budget, Forced, Overlay, Replace, Retract, Undo, phrases, rule, walk
+from genlm_backend.backtracking.distribution import gumbel_at
+from genlm_backend.errors import InvalidQuery, RuleRefused, WalkExhausted
+from genlm_backend.testing import FakeEngine, check_idle, fake_language_model
+from tests.backtracking import toy
+from tests.backtracking.speaker import chooser, speaker
+
+
+@pytest.mark.parametrize("mode", ["exact", "local", "first", "mask", "none"])
+def test_no_mode_lets_a_banned_phrase_through(mode: str) -> None:
+    assert all(not toy.SMALL.n_matches(text) for text in toy.SMALL.counts(mode, 50))
+
+
+def test_gathered_walks_are_those_one_after_another() -> None:
+    rules = toy.SMALL.rule()
+
+    async def run() -> None:
+        async with toy.SMALL.model() as llm:
+            walks = [
+                lambda i=i: walk(llm, toy.SMALL.prompt, rules, max_new_tokens=4, eos=(), seed=i) for i in range(40)
+            ]
+            together = await asyncio.gather(*(make() for make in walks))
+            alone = [await make() for make in walks]
+            assert [o.token_ids for o in together] == [o.token_ids for o in alone]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("mode", ["exact", "local", "first", "mask", "none"])
+@pytest.mark.parametrize("n", [1, 2, 10])
+def test_a_rule_that_always_objects_ends(mode: str, n: int) -> None:
+    (outcome,) = toy.SMALL.sample(
+        1, lambda llm, i: walk(llm, toy.SMALL.prompt, rule(lambda step: n), max_new_tokens=4, eos=(), mode=mode, seed=i)
+    )
+    assert outcome.text == "" and not outcome.is_complete
+    assert outcome.reason == ("budget" if mode == "none" else "dead end")
+
+
+def test_a_spent_budget_raises_where_asked() -> None:
+    with pytest.raises(WalkExhausted, match="its budget is spent"):
+        toy.SMALL.sample(
+            1,
+            lambda llm, i: walk(
+                llm,
+                toy.SMALL.prompt,
+                rule(lambda s: 1),
+                mode="none",
+                budget=Budget(undos=3),
+                when_exhausted="raise",
+                eos=(),
+            ),
+        )
+
+
+VOCAB = [b"<p>", b"a", b" stop", b" here", b"b stop", b"<eos>", b"b"]
+
+
+async def said(rules, **options):
+    likely = options.pop("likely")
+    async with speaker(VOCAB, chooser(**likely)) as llm:
+        return await walk(llm, [0], rules, eos=[5], **({"max_new_tokens": 4, "seed": 0} | options))
+
+
+async def test_a_stop_string_that_begins_a_banned_phrase_still_stops():
+    outcome = await said(phrases(" stop here"), stop=" stop", likely={"otherwise": {"a": 1.0}, "a": {" stop": 1.0}})
+    assert (outcome.text, outcome.reason) == ("a", "stop")
+
+
+async def test_of_a_ban_and_a_stop_in_one_token_the_first_in_the_text_counts():
+    likely = {"otherwise": {"b stop": 0.9, "a": 0.1}, "a": {"<eos>": 1.0}}
+    outcome = await said(phrases("b"), stop="stop", likely=likely)
+    assert (outcome.text, outcome.reason, outcome.n_undos) == ("a", "eos", 1)
+    outcome = await said(phrases("stop"), stop="b", likely=likely)
+    assert (outcome.text, outcome.reason, outcome.n_undos) == ("", "stop", 0)
+
+
+async def test_an_async_judge_is_a_rule():
+    async def judge(step):
+        await asyncio.sleep(0)
+        return step.piece == b"a"
+
+    outcome = await said([rule(judge), lambda step: None], likely={"otherwise": {"a": 0.9, "b": 0.1}})
+    assert outcome.text == "bbbb" and outcome.n_undos > 0
+
+
+async def test_of_two_rules_on_one_token_the_one_that_reaches_further_counts():
+    likely = {"otherwise": {"a": 0.5, "b": 0.5}}
+    near, far = (
+        rule(lambda s: Undo(1, why="near") if s.piece == b"a" else None),
+        rule(lambda s: Undo(9, why="far") if s.piece == b"a" and len(s.path) > 1 else None),
+    )
+    outcome = await said([near, far], likely=likely, seed=3)
+    whys = [(e.why, e.length) for e in outcome.events if isinstance(e, Retract)]
+    assert outcome.text == "bbbb" and {("far", 0)} <= set(whys) and all(w == "far" or n == 0 for w, n in whys)
+
+
+async def test_what_is_final_never_changes():
+    likely = {"otherwise": {"a": 0.5, "b": 0.3, " stop": 0.2}}
+    for mode in ("local", "first", "none", "exact"):
+        async with speaker(VOCAB, chooser(**likely)) as llm:
+            walking = walk(llm, [0], phrases(["a stop", "ba", "b stop"]), eos=[5], mode=mode, seed=2, max_new_tokens=30)
+            final: list[int] = []
+            async for event in walking:
+                now = walking.token_ids[: event.n_final]
+                assert now[: len(final)] == final
+                final = now
+            assert final == walking.outcome().token_ids
+
+
+async def test_hold_bounds_what_is_taken_back():
+    likely = {"otherwise": {"a": 0.5, "b": 0.5}}
+    outcome = await said(rule(lambda s: 3 if s.piece == b"a" else 0), likely=likely, hold=1, max_new_tokens=8)
+    assert max(e.n for e in outcome.events if isinstance(e, Retract)) <= 2
+    assert outcome.text == "b" * 8
+
+
+async def test_running_out_gives_the_longest_text_that_was_accepted():
+    likely = {"otherwise": {"b": 1.0}, "bbb": {"a": 1.0}}
+    no_a = rule(lambda s: 4 if s.piece == b"a" else 0)
+    outcome = await said(no_a, likely=likely, mode="none", budget=Budget(undos=5), max_new_tokens=8)
+    assert (outcome.text, outcome.reason, outcome.is_complete) == ("bbb", "budget", False)
+    pieces = [e.piece for e in outcome.events if isinstance(e, Forced)]
+    assert b"".join(pieces) == b"bbb"[: len(pieces)], "and the events lead there"
+    outcome = await said(no_a, likely=likely, mode="none", budget=Budget(undos=5), when_exhausted="accept")
+    assert outcome.text == "bbba"
+
+
+async def test_every_prefix_is_asked_once_and_counted():
+    outcome = await said(phrases("b", words=False), likely={"otherwise": {"a": 0.5, "b": 0.5}}, top_k=2)
+    assert outcome.n_undos > 0
+    assert outcome.n_prefixes < outcome.n_draws
+    free = await said((), likely={"otherwise": {"a": 0.5, "b": 0.5}})
+    assert free.forwards_per_token == 1.0
+
+
+async def test_cancelling_a_walk_leaves_nothing_in_the_engine():
+    engine = FakeEngine(16, is_open=False)
+    llm = fake_language_model(engine)
+    task = asyncio.ensure_future(walk(llm, [1], phrases("x"), max_new_tokens=5, eos=(), seed=0).finish())
+    await engine.entered()
+    task.cancel()
+    engine.open()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.to_thread(check_idle, llm)
+    await llm.aclose()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "nonsense"},
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"min_p": 2.0},
+        {"hold": -1},
+        {"max_new_tokens": -1},
+        {"when_exhausted": "nonsense"},
+        {"weigh": True},
+        {"overlay": Overlay()},
+    ],
+)
+def test_settings_out_of_range_are_refused(options):
+    with pytest.raises(InvalidQuery):
+        walk(toy.SMALL.model(), [0], **options)
+
+
+def test_a_procedure_is_refused_by_name_where_it_has_no_law():
+    with pytest.raises(RuleRefused, match="Replace"):
+        walk(toy.SMALL.model(), [0], Replace("a", "b"), mode="exact")
+
+
+def test_noise_at_some_tokens_is_that_of_a_draw():
+    ids = np.array([0, 5, 49151])
+    noise = sampling.gumbel_noise([12345678901234567890], 49152)[0].numpy()
+    assert np.allclose(gumbel_at(12345678901234567890, ids), noise[ids], rtol=1e-12)

@@ -1,0 +1,240 @@
+"""A language small enough to enumerate: what each mode of a walk has to sample from, computed without the walk."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+
+from genlm_backend.backtracking import Keep, Rule, Undo, walk
+from genlm_backend.cache.row_memo import Block
+from genlm_backend.llm.base import AsyncLM
+from genlm_backend.llm.queries import Draw, Drawn, answer
+from genlm_backend.llm.service import Context, Engine
+from genlm_backend.testing import fake_language_model
+
+Text = tuple[int, ...]
+Law = dict[Text, float]
+
+
+class Toy:
+    """A Markov chain over a few tokens, texts of one length, and phrases of tokens that are banned.
+
+    Args:
+        chain: Row: the token before (0 stands for the prompt too); column: the token that comes.
+        length: Of a text.
+        phrases: Banned.
+    """
+
+    prompt = (0,)
+
+    def __init__(self, chain: Sequence[Sequence[float]], length: int, phrases: Sequence[Text]) -> None:
+        self.chain = np.array(chain)
+        self.length = length
+        self.phrases = tuple(phrases)
+        self.n_tokens = len(chain)
+        assert np.allclose(self.chain.sum(1), 1)
+
+    def model(self) -> AsyncLM:
+        return fake_language_model(ChainEngine(self.chain), self.n_tokens)
+
+    def rule(self, keep: float = 0.0) -> BannedTokens:
+        return BannedTokens(self.phrases, keep)
+
+    # ---- enumeration
+
+    def texts(self) -> list[Text]:
+        return list(itertools.product(range(self.n_tokens), repeat=self.length))
+
+    def p(self, prefix: Text) -> float:
+        """Of the last token of a prefix."""
+        return float(self.chain[(self.prompt[-1], *prefix)[len(prefix) - 1], prefix[-1]])
+
+    def probability(self, text: Text) -> float:
+        return math.prod(self.p(text[: i + 1]) for i in range(len(text)))
+
+    def match(self, prefix: Text) -> int:
+        """Length of the longest phrase that ends here; 0 if none does."""
+        return max((len(p) for p in self.phrases if prefix[-len(p) :] == p), default=0)
+
+    def n_matches(self, text: Text) -> int:
+        return sum(self.match(text[: i + 1]) > 0 for i in range(len(text)))
+
+    def conditional(self, keep: float = 0.0) -> Law:
+        """P(text) keep ** matches, normalised; with keep 0 that is P(text | no phrase)."""
+        return _normalised({t: self.probability(t) * keep ** self.n_matches(t) for t in self.texts()})
+
+    def evidence(self) -> float:
+        return sum(self.probability(t) for t in self.texts() if not self.n_matches(t))
+
+    def masked(self) -> Law:
+        """Each step renormalised over the tokens that complete no phrase."""
+        law: Law = {}
+        for text in self.texts():
+            if self.n_matches(text):
+                continue
+            law[text] = self.probability(text)
+            for i in range(self.length):
+                law[text] /= sum(self.p((*text[:i], v)) for v in range(self.n_tokens) if not self.match((*text[:i], v)))
+        return law
+
+    def after_removals(self, first: bool) -> Law:
+        """The law of mode `local`, or `first`: go back to the start of the phrase, without what was removed."""
+
+        @cache
+        def alive(prefix: Text, removed: frozenset[Text]) -> float:
+            if prefix in removed:
+                return 0.0
+            if not any(r[: len(prefix)] == prefix for r in removed):
+                return 1.0
+            return sum(self.p((*prefix, v)) * alive((*prefix, v), removed) for v in range(self.n_tokens))
+
+        @cache
+        def law(at: Text, removed: frozenset[Text]) -> tuple[tuple[Text, float], ...]:
+            if len(at) == self.length:
+                return ((at, 1.0),)
+            weights = [self.p((*at, v)) * alive((*at, v), removed) for v in range(self.n_tokens)]
+            mixed: Counter[Text] = Counter()
+            for v, weight in enumerate(weights):
+                new = (*at, v)
+                n = self.match(new)
+                if weight == 0:
+                    continue
+                back = new[: len(new) - n]
+                fault = new[: len(back) + 1] if first else new
+                after = law(back, removed | {fault}) if n else law(new, removed)
+                for text, q in after:
+                    mixed[text] += weight / sum(weights) * q
+            return tuple(mixed.items())
+
+        return dict(law((), frozenset()))
+
+    def resampled(self) -> Law:
+        """The law of mode `none`: go back to the start of the phrase and draw again, as often as it takes."""
+
+        @cache
+        def law(at: Text) -> tuple[tuple[Text, float], ...]:
+            """Where a walk at `at` gets to: whole texts, and prefixes of `at` that a phrase sends it back to."""
+            if len(at) == self.length:
+                return ((at, 1.0),)
+            mixed: Counter[Text] = Counter()
+            for v in range(self.n_tokens):
+                new, weight = (*at, v), self.p((*at, v))
+                n = self.match(new)
+                for outcome, q in ((new[: len(new) - n], 1.0),) if n else law(new):
+                    mixed[outcome] += weight * q
+            again = mixed.pop(at, 0.0)
+            return tuple((outcome, q / (1 - again)) for outcome, q in mixed.items())
+
+        return dict(law(()))
+
+    def laws(self) -> dict[str, Law]:
+        """Of every mode."""
+        return {
+            "exact": self.conditional(),
+            "local": self.after_removals(first=False),
+            "first": self.after_removals(first=True),
+            "mask": self.masked(),
+            "none": self.resampled(),
+        }
+
+    # ---- sampling
+
+    def sample(self, n: int, make: Callable[[AsyncLM, int], object]) -> list:
+        """Outcomes of n walks on a model that answers at once."""
+        llm = DirectModel(self)
+
+        async def run() -> list:
+            return [await make(llm, i) for i in range(n)]
+
+        return asyncio.run(run())
+
+    def walks(self, mode: str, n: int, rules: object = None, seed: int = 0, **options: object) -> list:
+        rules = self.rule() if rules is None else rules
+        options = {"max_new_tokens": self.length, "eos": (), "mode": mode} | options
+        return self.sample(n, lambda llm, i: walk(llm, self.prompt, rules, seed=seed, lineage=(i,), **options))
+
+    def counts(self, mode: str, n: int, rules: object = None, seed: int = 0, **options: object) -> Counter[Text]:
+        return Counter(tuple(outcome.token_ids) for outcome in self.walks(mode, n, rules, seed, **options))
+
+
+class DirectModel:
+    """What a walk asks of a model, without batches and threads: draws by a plain inverse distribution function."""
+
+    tokenizer = None
+
+    def __init__(self, toy: Toy) -> None:
+        self.byte_vocab = toy.model().byte_vocab
+        self._rows = [torch.log(torch.from_numpy(row)).float() for row in toy.chain]
+        self._sums = [row.cumsum().tolist() for row in toy.chain]
+
+    async def query(self, token_ids: Sequence[int], query: object, lora_name: str | None = None) -> object:
+        row = self._rows[token_ids[-1]]
+        if isinstance(query, Draw) and query.temperature == 1 and query.mask is None:
+            sums = self._sums[token_ids[-1]]
+            token_id = bisect.bisect_right(sums, query.key / 2**64 * sums[-1], hi=len(sums) - 1)
+            return Drawn(token_id, float(row[token_id]), float(row[token_id]))
+        (answered,) = answer(Block(row[None], [0.0]), [(0, query)])
+        return answered
+
+
+class ChainEngine(Engine):
+    """Logits of a Markov chain."""
+
+    def __init__(self, chain: np.ndarray) -> None:
+        self.logits = torch.from_numpy(np.log(chain)).float()
+
+    def evaluate(self, contexts: Sequence[Context]) -> torch.Tensor:
+        return torch.stack([self.logits[context.token_ids[-1]] for context in contexts])
+
+
+class BannedTokens(Rule[None]):
+    """Phrases as token ids, the longest that ends here taken back to its start; looks at the path, has no state."""
+
+    def __init__(self, phrases: Sequence[Text], keep: float = 0.0) -> None:
+        self.phrases = sorted(phrases, key=len, reverse=True)
+        self.keep = keep
+        self.reach = max(map(len, phrases))
+
+    def step(self, state, step):
+        for phrase in self.phrases:
+            if tuple(step.path[-len(phrase) :]) == phrase:
+                return None, Undo(len(phrase), why=str(phrase), keep=self.keep)
+        return None, Keep()
+
+
+# Half of what the model writes has a phrase in it, and token 1 has an innocent use too.
+BIG = Toy(
+    [
+        [0.10, 0.50, 0.20, 0.20],
+        [0.15, 0.10, 0.65, 0.10],
+        [0.40, 0.15, 0.05, 0.40],
+        [0.20, 0.35, 0.35, 0.10],
+    ],
+    4,
+    [(1, 2, 0), (3, 2)],
+)
+SMALL = Toy([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7], [0.6, 0.2, 0.2]], 3, [(1, 2), (2, 0)])
+
+
+def total_variation(a: Law | Counter[Text], b: Law | Counter[Text]) -> float:
+    """Half of the summed distances; counts are normalised."""
+    a, b = _normalised(a), _normalised(b)
+    return 0.5 * sum(abs(a.get(t, 0.0) - b.get(t, 0.0)) for t in {*a, *b})
+
+
+def bound(law: Law, n: int, delta: float = 1e-9) -> float:
+    """Total variation that n fair draws exceed with probability below `delta` (Weissman et al. 2003)."""
+    return 0.5 * math.sqrt(2 * (len(law) * math.log(2) + math.log(1 / delta)) / n)
+
+
+def _normalised(masses: Law | Counter[Text]) -> Law:
+    total = sum(masses.values())
+    return {t: m / total for t, m in masses.items() if m > 0}

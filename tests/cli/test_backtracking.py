@@ -1,0 +1,217 @@
+"""`genlm-backend chat` and `generate`: pipes, terminals, wrong names, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from genlm_backend.cli import app
+from genlm_backend.cli.chat import operator_by_name
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+PATIENCE_S = 90
+
+
+@pytest.fixture
+def model(tmp_path, tiny_tokenizer_512) -> str:
+    tiny_tokenizer_512.save_pretrained(tmp_path / "chatty")
+    settings = tmp_path / "chatty" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
+    return str(tmp_path / "chatty")
+
+
+def run(*arguments: str, input: str | None = None):
+    return CliRunner().invoke(app, list(arguments), input=input)
+
+
+MOCK = ("--backend", "mock", "--seed", "1")
+
+
+def test_piped_lines_are_answered_until_the_input_ends(model):
+    result = run("chat", model, *MOCK, "--max-new-tokens", "5", input="hello\nand you?\n")
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.strip()) > 5 and "> " not in result.stdout
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "/quit"])
+def test_words_that_end_it(model, word):
+    result = run("chat", model, *MOCK, input=f"{word}\nnot asked\n")
+    assert (result.exit_code, result.stdout) == (0, "")
+
+
+def test_commands_save_and_reset_and_unknown_ones(model, tmp_path):
+    saved = tmp_path / "talk.json"
+    lines = f"hello\n/save {saved}\n/reset\n/help\n/nonsense\n/save {tmp_path}/none/x\n"
+    result = run("chat", model, *MOCK, "--system", "be brief", "--max-new-tokens", "3", input=lines)
+    assert result.exit_code == 0, result.output
+    roles = [message["role"] for message in json.loads(saved.read_text())]
+    assert roles == ["system", "user", "assistant"]
+    assert "/reset" in result.stdout and "unknown command '/nonsense'" in result.stdout
+    assert "cannot be written" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--operator", "nonsense"), "probability_threshold"),
+        (("--strategy", "nonsense"), "creative"),
+        (("--operator", "repetition", "--operator-arg", "nonsense"), "key=value"),
+        (("--operator", "repetition", "--operator-arg", "max_repetitions=0"), "1 or more"),
+        (("--operator", "repetition", "--operator-arg", "nonsense=1"), "nonsense"),
+        (("--operator-arg", "a=1"), "no operator"),
+        (("--strategy", "antislop"), "--ban"),
+    ],
+)
+def test_wrong_names_exit_with_2_and_tell_the_right_ones(model, arguments, told):
+    for command in (("chat", model), ("generate", model, "x")):
+        result = run(*command, *arguments)
+        assert result.exit_code == 2
+        assert told in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("name", ["ngram_overlap", "NGramOverlap"])
+def test_operators_by_both_names(name):
+    assert operator_by_name(name, ["ngram_size=2"]).ngram_size == 2
+    assert operator_by_name("none", []) is None
+
+
+def test_one_prompt_gives_its_text_and_a_page(model, tmp_path):
+    page = tmp_path / "walk.html"
+    arguments = ("--ban", "e", "--max-new-tokens", "8", "--trace", str(page))
+    result = run("generate", model, "the river", *MOCK, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "8 tokens" in result.output and "<!doctype html>" in page.read_text()
+
+
+def test_a_file_of_prompts_gives_lines_of_json_in_order(model, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text('the river\n\n{"prompt": "the fox"}\nthe city\n')
+    result = run("generate", model, "--file", str(file), *MOCK, "--max-new-tokens", "4", "--operator", "never")
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["the river", "the fox", "the city"]
+    assert all(line["tokens"] <= 4 and line["rollbacks"] == 0 for line in lines)
+    again = run("generate", model, "--file", str(file), *MOCK, "--max-new-tokens", "4", "--operator", "never")
+    assert again.stdout == result.stdout
+
+
+def test_prompt_or_file(model):
+    assert run("generate", model).exit_code == 2
+    assert run("generate", model, "x", "--mode", "nonsense").exit_code == 2
+
+
+class Terminal:
+    """A program in a pseudo-terminal: keys in, screen out."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._pid, self._fd = pty.fork()
+        if self._pid == 0:
+            os.environ |= {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+            os.execv(sys.executable, [sys.executable, *arguments])
+        self.screen = ""
+        self._is_over = False
+
+    def wait_for(self, text: str, n: int = 1) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while self.screen.count(text) < n:
+            assert time.monotonic() < end and not self._is_over, self.screen[-2000:]
+            self._read()
+
+    def type(self, keys: str) -> None:
+        os.write(self._fd, keys.encode())
+
+    def interrupt(self) -> None:
+        os.kill(self._pid, signal.SIGINT)
+
+    def wait(self) -> int:
+        end = time.monotonic() + PATIENCE_S
+        while not self._is_over and time.monotonic() < end:
+            self._read()
+        _, status = os.waitpid(self._pid, 0)
+        os.close(self._fd)
+        return os.waitstatus_to_exitcode(status)
+
+    def _read(self) -> None:
+        if select.select([self._fd], [], [], 0.1)[0]:
+            try:
+                data = os.read(self._fd, 65536)
+            except OSError:  # how Linux tells that the other end is closed
+                data = b""
+            self._is_over = not data
+            self.screen += data.decode("utf-8", "replace")
+
+
+HUMAN = """
+from genlm_backend.backtracking import BacktrackSampler, HumanGuidanceStrategy
+from genlm_backend.llm import MockAsyncLM
+from genlm_backend.llm.loading import load_tokenizer
+import sys
+llm = MockAsyncLM(load_tokenizer(sys.argv[1]))
+sampler = BacktrackSampler(llm, HumanGuidanceStrategy(llm))
+tokens = list(sampler.generate("the river", max_new_tokens=2, seed=0))
+best = llm.next_token_logprobs_sync(llm.encode("the river")).topk(3).indices.tolist()
+print("FIRST", best.index(tokens[0]), len(tokens))
+"""
+
+
+@pytest.mark.slow
+def test_a_person_chooses_in_a_terminal(model):
+    down, up = "\x1bOB", "\x1bOA"
+    terminal = Terminal("-c", HUMAN, model)
+    terminal.wait_for("%)", 3)  # three options
+    terminal.type("\n")  # the best one
+    terminal.wait_for("Go back")
+    terminal.type(down * 3 + "\n")  # go back
+    time.sleep(0.5)
+    terminal.type(down + "\n")  # the second
+    time.sleep(0.5)
+    terminal.type(up + up + "\n")  # around the end: the last token
+    assert terminal.wait() == 0, terminal.screen[-2000:]
+    assert "FIRST 1 2" in terminal.screen
+
+
+@pytest.mark.slow
+def test_an_answer_is_interrupted_without_losing_the_conversation(model, tmp_path):
+    saved = tmp_path / "talk.json"
+    terminal = Terminal(
+        "-m", "genlm_backend.cli", "chat", model, "--backend", "mock", "--max-new-tokens", "1000000", "--top-k", "0"
+    )
+    terminal.wait_for("> ")
+    terminal.type("hello\r")
+    n = len(terminal.screen)
+    while len(terminal.screen) < n + 300:
+        terminal._read()
+    terminal.interrupt()
+    terminal.wait_for("(stopped)")
+    terminal.wait_for("> ", 2)
+    terminal.type(f"/save {saved}\r")
+    terminal.wait_for("saved to")
+    terminal.type("/quit\r")
+    assert terminal.wait() == 0
+    said = json.loads(saved.read_text())
+    assert [m["role"] for m in said] == ["user", "assistant"] and len(said[1]["content"]) > 50
+
+
+def test_help_needs_no_model():
+    here = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "genlm_backend.cli", "chat", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=here,
+        check=True,
+    )
+    assert "operator" in done.stdout and "| torch\n" not in done.stderr
