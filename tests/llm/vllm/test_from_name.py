@@ -45,6 +45,7 @@ def test_without_vllm_construction_says_what_to_install(
         AsyncVirtualLM.from_name(str(tiny_model_folder))
 
 
+@pytest.mark.model  # another Python that imports torch takes seconds
 def test_importing_the_name_imports_no_vllm_and_sets_no_variable() -> None:
     code = (
         "import os, sys, torch, transformers; before = dict(os.environ)\n"
