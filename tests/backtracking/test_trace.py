@@ -43,7 +43,7 @@ def test_what_was_taken_back_is_struck_out_where_it_stood():
 
 
 def test_the_kept_pieces_are_the_text():
-    llm, outcome = outcome_of(
+    _llm, outcome = outcome_of(
         phrases("so"), otherwise={" So": 0.9, " it": 0.1}, So={".": 1.0}, it={" So": 0.9, ".": 0.1}
     )
     assert outcome.n_undos > 0
