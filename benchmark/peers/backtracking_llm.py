@@ -8,7 +8,7 @@ import time
 import torch
 from backtracking_llm.decision import ProbabilityThreshold
 from backtracking_llm.generation import GenerationSession
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmark.peers.walks import MIN_PROBABILITY, TOP_K
 from benchmark.worker import Peer, Timing, serve
@@ -18,7 +18,8 @@ from benchmark.workloads import Workload
 class BacktrackingLlm(Peer):
     def __init__(self, model_path: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=torch.bfloat16).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+        # The folder was written by transformers 5, whose tokenizer class transformers 4 does not know by name.
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
         self.tokenizer.eos_token = None  # no walk ends earlier than the others
 
     def clear(self) -> None:
