@@ -176,7 +176,7 @@ async def _read(
         return True
     if n_viable == len(prediction) and (not is_over or parser.is_valid(prediction)):
         state.write(piece, "written")
-        return is_over or (parser.is_valid(prediction) and not parser.expected(prediction + "\uffff").candidates)
+        return is_over or (parser.is_valid(prediction) and not parser.may_go_on(prediction))
     if len(state.corrections) >= max_corrections:
         state.write(viable[len(before) :], "written")
         state.trace.append(("taken back", prediction[n_viable:]))

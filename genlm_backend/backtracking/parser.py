@@ -108,6 +108,12 @@ class Parser:
         """Whether some text of the grammar begins with it."""
         return self.n_viable(text) == len(text)
 
+    def may_go_on(self, text: str) -> bool:
+        """Whether anything may follow a valid text, white space included."""
+        if self._grammar is None:
+            return bool(self._first_after(text))
+        return bool(self._grammar.mask(self._grammar.state_of(text.encode()))[:-1].any())
+
     def expected(self, text: str) -> Expected:
         """What may come where the text stops being read, or at its end; nothing to add where a valid text must end."""
         stop = self._stop(text)
