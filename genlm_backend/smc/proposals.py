@@ -68,7 +68,7 @@ class Proposal(ABC):
         """`(n_tokens + 1,)` float32, nats: the law that the weighted draws follow, unnormalised."""
         return await self.potential.logw_next(state)
 
-    def piece(self, symbol: int) -> bytes | None:
+    def piece(self, symbol: Any) -> bytes | None:
         """The text of a symbol, for people; None where this is not known."""
         vocab = byte_vocab_of(self.potential)
         return None if vocab is None or symbol == self.potential.end else bytes(vocab[symbol])
