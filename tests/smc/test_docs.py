@@ -25,7 +25,7 @@ def without_numbers(text: str) -> str:
 def test_a_page_runs_as_printed(smollm2_path: Path, tmp_path: Path, page: str):
     text = (ROOT / "docs" / "smc" / f"{page}.md").read_text(encoding="utf-8")
     blocks = BLOCK.findall(text)
-    assert len(blocks) >= 2 and all(output for _, output in blocks)
+    assert len(blocks) >= 3 and all(output for _, output in blocks)
     script = tmp_path / "page.py"
     script.write_text("".join(code for code, _ in blocks), encoding="utf-8")
     done = subprocess.run(
