@@ -8,7 +8,6 @@ value by a walk, where masks or single tokens cannot say what is allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,14 +43,14 @@ class WalkProposal(Proposal):
         self.llm, self.rules = llm, rules
         self.options = {"max_new_tokens": max_new_tokens, "mode": mode, **options}
 
-    async def propose(self, state: Sequence[int], key: int) -> Proposed:
+    async def propose(self, state: Any, key: int) -> Proposed:
         outcome = await walk(self.llm, state, self.rules, seed=key, weigh=True, **self.options)
         if outcome.log_weight is None or not outcome.is_complete:
             return Proposed((), -math.inf)
         return Proposed(tuple(outcome.token_ids), outcome.log_weight)
 
-    async def target_row(self, state: Sequence[int]) -> torch.Tensor:
+    async def target_row(self, state: Any) -> torch.Tensor:
         raise InvalidProgram("the texts of a walk cannot be ranked", "do not use it with beam search or enumeration")
 
-    def piece(self, symbol: Sequence[int]) -> bytes:
+    def piece(self, symbol: Any) -> bytes:
         return b"".join(bytes(self.llm.byte_vocab[token_id]) for token_id in symbol)
