@@ -4,7 +4,7 @@ What is the support? All token sequences whose bytes are a text of the grammar, 
 that the tokenizer would choose: forced text narrows llguidance's masks to its canonical tokens, so forcing is off here
 and `forced` counts alternatives itself. The language is the *lexed* one: llguidance splits text into terminals by
 longest match before it parses, so that `start: STEM SUFFIX`, `STEM: "list" | "listen"`, `SUFFIX: "ed"` does not accept
-"listed"... see `XGrammar` where the exact context-free language matters.
+"listed". A grammar whose terminals are single characters, joined by rules, has its exact context-free language.
 
 States share what they can: a state is a link to the one it extends, and its parser is made when it is first asked, from
 the nearest older state that still has one. Parsers are kept in the order of their last use, up to a bound of memory.

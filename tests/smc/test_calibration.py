@@ -70,8 +70,8 @@ async def ranks(n_sims: int, length: int = 5) -> list[int]:
                     observed(data), 3, n, seed=2 * sim + part, initial=begin, ess_threshold=1.0
                 )
                 others += visited.values
-        keys = [*((value, rng.random()) for value in others)]
-        found.append(sum(key < (theta, rng.random()) for key in keys))
+        own = (theta, rng.random())  # equal values in random order
+        found.append(sum((value, rng.random()) < own for value in others))
     return found
 
 

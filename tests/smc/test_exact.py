@@ -87,7 +87,7 @@ PROGRAMS = {
     "importance": (chain(3), {"method": "importance"}),
     "twisted": (chain(3, guess=True), {"ess_threshold": 1.0}),
     "by another proposal": (chain_by_proposal(), {"ess_threshold": 1.0}),
-    "mixed": (mixed(), {"ess_threshold": 1.0}),
+    "mixed": (mixed(), {"ess_threshold": 1.0, "on_failure": "mark"}),
     "steering": (chain(3), {"method": "steer", "n_branches": 2}),
     "steering of particles": (ChainParticle(), {"method": "steer", "n_branches": 3}),
     "moves": (chain(3), {"ess_threshold": 1.0, "kernel": regenerate}),

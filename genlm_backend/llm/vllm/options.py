@@ -59,7 +59,7 @@ def checked_options(options: Mapping[str, Any], *, is_cpu: bool) -> dict[str, An
         "use_tqdm_on_load": False,
     }
     if is_cpu:
-        # Compiling takes a minute at each start, and wins nothing on small models (docs/vllm.md has the measurement).
+        # Compiling at each start was not tried here; `enforce_eager=False` asks for it.
         defaults |= {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
         if not _sizes_kv(options):
             defaults["kv_cache_memory_bytes"] = int(min(psutil.virtual_memory().available // 4, 16 * 2**30))
