@@ -49,7 +49,7 @@ from tests.smc.oracle import (
 
 MODEL, RULE = Table(), NoRepeat()
 FEW = 60
-MANY = pytest.param(900, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="many")
+MANY = pytest.param(400, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="many")
 RUNS = pytest.mark.parametrize("n_runs", [pytest.param(FEW, id="few"), MANY])
 
 
@@ -234,7 +234,7 @@ async def paths_of_the_law(model, n):
 
 CHAINS = pytest.mark.parametrize(
     "n_chains",
-    [pytest.param(150, id="few"), pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="many")],
+    [pytest.param(150, id="few"), pytest.param(800, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="many")],
 )
 
 
