@@ -40,7 +40,7 @@ lint: $(VENV)/.stamp-packages
 	$(BIN)/lint-imports
 
 check: lint
-	$(OFFLINE) $(BIN)/python -m pytest tests -q -m "not slow and not model"
+	$(OFFLINE) $(BIN)/python -m pytest tests -q -m "not slow and not thorough and not model"
 
 test: lint $(VENV)/.stamp-demo $(VENV)/.stamp-tokenizers
 	$(call convert,$(BIN))

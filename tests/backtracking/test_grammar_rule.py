@@ -17,6 +17,8 @@ from genlm_backend.errors import InvalidQuery
 from genlm_backend.potentials import StringSet
 from genlm_backend.testing import FakeEngine, fake_language_model
 
+pytestmark = pytest.mark.thorough
+
 # Token i is the byte i; 3 ends a text. Every text of the set has a beginning that leads out of it.
 EOS = 3
 TEXTS = [bytes(text) for text in ([0], [0, 1], [1, 1, 2], [1, 2, 0], [2], [2, 2, 2])]

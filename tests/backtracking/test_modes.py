@@ -11,6 +11,8 @@ from genlm_backend.backtracking import Overlay
 from tests.backtracking import toy
 from tests.backtracking.toy import BIG, SMALL, bound, total_variation
 
+pytestmark = pytest.mark.thorough
+
 MODES = ("exact", "local", "first", "mask", "none")
 N = 600
 # Total variation to P(x | no phrase) of the law of each mode, as documented in docs/backtracking/modes.md.

@@ -15,6 +15,8 @@ from genlm_backend.tokenization import decode_vocab
 from tests.potentials import schemas
 from tests.potentials.sampling_texts import RandomWriter
 
+pytestmark = pytest.mark.thorough
+
 TEXTS_EACH = 3
 
 

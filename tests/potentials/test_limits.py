@@ -23,6 +23,8 @@ from genlm_backend.potentials import Grammar, GrammarVocabulary, Limits
 from genlm_backend.tokenization import Token
 from tests.potentials.hostile import HOSTILE
 
+pytestmark = pytest.mark.thorough
+
 triples = {(a + b + c).encode() for a in "abx{[" for b in 'ax"12' for c in "ax]}:"}
 words = [bytes([i]) for i in range(256)] + sorted(triples)
 vocabulary = GrammarVocabulary([Token(i, word) for i, word in enumerate(words)])

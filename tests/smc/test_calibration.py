@@ -23,6 +23,8 @@ from genlm_backend.smc.enumeration import Exact
 from genlm_backend.smc.trace import Entry, Path
 from tests.smc.oracle import law_distance, law_distance_bound
 
+pytestmark = pytest.mark.thorough
+
 VALUES = tuple(range(6))
 PRIOR = (3, 2, 2, 1, 1, 3)
 

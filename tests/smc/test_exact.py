@@ -47,6 +47,8 @@ from tests.smc.oracle import (
     worst_z,
 )
 
+pytestmark = pytest.mark.thorough
+
 MODEL, RULE = Table(), NoRepeat()
 FEW = 60
 MANY = pytest.param(400, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="many")

@@ -47,6 +47,8 @@ from tests.smc.oracle import (
     worst_z,
 )
 
+pytestmark = pytest.mark.thorough
+
 MODEL, RULE = Table(), NoRepeat()
 ALWAYS = {"ess_threshold": 1.0, "on_failure": "mark"}
 COPIES = {**ALWAYS, "resampling": "multinomial"}  # many copies

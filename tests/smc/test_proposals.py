@@ -18,6 +18,8 @@ from genlm_backend.smc import AWRS, Direct, Guided, TopK
 from genlm_backend.smc.awrs import log_expected_estimate
 from tests.smc.oracle import Z_LIMIT, NoRepeat, Table, Weigh
 
+pytestmark = pytest.mark.thorough
+
 
 class Fixed(Potential):
     """One row, whatever came before."""

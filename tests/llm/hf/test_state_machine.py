@@ -18,6 +18,8 @@ from genlm_backend.llm.hf.self_test import difference
 from tests import architectures, tiny_tokenizer
 from tests.llm.hf.walks import TINY_NATS, check_books, plain_row, small
 
+pytestmark = pytest.mark.thorough
+
 TOKENIZER = tiny_tokenizer.build_tokenizer(architectures.VOCAB_SIZE)
 PATHS = {"llama": "packed", "mistral": "packed", "gemma3_text": "packed", "bloom": "cached"}
 KV_TOKENS = 20
