@@ -31,12 +31,13 @@ def run_program(program: str, folder: Path) -> str:
     script = folder / "program.py"
     script.write_text(program, encoding="utf-8")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=110)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=280)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
 
 @pytest.mark.model
+@pytest.mark.timeout(300)
 def test_the_quick_start_runs_as_printed(smollm2_path: Path, tmp_path: Path) -> None:
     (program,) = programs("docs/index.md")
     printed = run_program(program, tmp_path)
@@ -45,6 +46,7 @@ def test_the_quick_start_runs_as_printed(smollm2_path: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.model
+@pytest.mark.timeout(300)
 def test_the_readme_runs_as_printed(smollm2_path: Path, tmp_path: Path) -> None:
     (program,) = programs("README.md")
     lines = run_program(program, tmp_path).splitlines()
