@@ -200,7 +200,11 @@ class TestCommand:
             await asyncio.sleep(60)  # cut short
 
         monkeypatch.setattr(sis, "extend", interrupted)
-        code, _, err = run(monkeypatch, capsys, "sis", PROMPT, "--particles", "1", *self.model)
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+        try:
+            code, _, err = run(monkeypatch, capsys, "sis", PROMPT, "--particles", "1", *self.model)
+        finally:
+            signal.signal(signal.SIGINT, handler)
         assert code == 130 and "Traceback" not in err
 
     def test_version_and_help(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
