@@ -41,4 +41,4 @@ def test_a_page_runs_as_printed(smollm2_path: Path, tmp_path: Path, page: str):
     printed = without_numbers(done.stdout).splitlines()
     on_the_page = without_numbers("".join(output for _, output in blocks)).splitlines()
     # Rows differ by 2e-5 between machines: of some thousand draws one may be another token, and its text another line.
-    assert difflib.SequenceMatcher(None, printed, on_the_page).ratio() > 0.7, done.stdout
+    assert difflib.SequenceMatcher(None, printed, on_the_page).ratio() > 0.9, done.stdout
