@@ -14,6 +14,8 @@ from genlm_backend.potentials import Grammar, GrammarVocabulary, Limits
 from genlm_backend.tokenization import Token
 from tests.potentials.hostile import HOSTILE
 
+pytestmark = pytest.mark.thorough
+
 SECONDS, MEBIBYTES = 2.0, 200.0
 
 RUN = """
@@ -22,8 +24,6 @@ from genlm_backend.errors import GenlmError, InvalidGrammar
 from genlm_backend.potentials import Grammar, GrammarVocabulary, Limits
 from genlm_backend.tokenization import Token
 from tests.potentials.hostile import HOSTILE
-
-pytestmark = pytest.mark.thorough
 
 triples = {(a + b + c).encode() for a in "abx{[" for b in 'ax"12' for c in "ax]}:"}
 words = [bytes([i]) for i in range(256)] + sorted(triples)
