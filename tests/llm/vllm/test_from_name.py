@@ -29,7 +29,7 @@ from genlm_backend.errors import (
 )
 from genlm_backend.llm import AsyncLM, AsyncVirtualLM, load_model_by_name
 from genlm_backend.llm.vllm import transports
-from tests.llm.vllm.conftest import TINY_OPTIONS
+from tests.llm.vllm.conftest import TINY_OPTIONS, next_best_to_live
 
 
 def threads() -> set[threading.Thread]:
@@ -108,10 +108,10 @@ class TestWithVllm:
             raise AttributeError("the scheduler has no such method")
 
         monkeypatch.setattr(transports.Live, "__init__", fails)
-        with pytest.warns(SlowPathWarning, match="'resumable' requests of vLLM.*no such method"):
+        with pytest.warns(SlowPathWarning, match=f"'{next_best_to_live()}' requests of vLLM.*no such method"):
             llm = AsyncVirtualLM.from_name(str(tiny_folder), TINY_OPTIONS, batch_size=4)
         async with llm:
-            assert llm.transport == "resumable"
+            assert llm.transport == next_best_to_live()
             rows = await asyncio.gather(*(llm.next_token_logprobs([1, 2, i]) for i in range(9)))
             assert llm.statistics().batches == 3
             assert torch.allclose(rows[3], await llm.next_token_logprobs_uncached([1, 2, 3]), atol=1e-4)
