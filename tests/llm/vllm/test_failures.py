@@ -131,12 +131,13 @@ async def test_an_engine_that_died_is_made_anew(tiny: AsyncVirtualLM) -> None:
 
 
 async def test_a_loop_that_ended_leaves_the_engine_to_the_next(tiny: AsyncVirtualLM) -> None:
-    async def ask_and_leave() -> None:
+    async def ask_and_leave(turn: int) -> None:
+        asked = asyncio.gather(*(tiny.next_token_logprobs([*TRUNK, i, turn]) for i in range(30)))
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*(tiny.next_token_logprobs([*TRUNK, i, 3]) for i in range(30))), 1e-4)
+            await asyncio.wait_for(asked, 1e-4)
 
-    for _ in range(20):
-        await asyncio.to_thread(asyncio.run, ask_and_leave())
+    for turn in range(20):  # each with contexts of its own: rows that are remembered would come in time
+        await asyncio.to_thread(asyncio.run, ask_and_leave(turn))
     assert await is_right(tiny, [*TRUNK, 3], await tiny.next_token_logprobs([*TRUNK, 3]))
 
 
