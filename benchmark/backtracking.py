@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmark.engines import Patience, Worker, WorkerFailed
 from benchmark.environments import CACHE, PeerUnavailable, make_environment, our_python
+from benchmark.workers import Patience, Worker, WorkerFailed
 from benchmark.workloads import Cell, make_workload
 
 BACKTRACKING_LLM, BACKTRACK_SAMPLER = "0.3.1", "3.2.1"

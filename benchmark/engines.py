@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +29,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from benchmark.environments import CACHE, ROOT, PeerUnavailable, genlm_python, our_python
+from benchmark.environments import PeerUnavailable, genlm_python, our_python
+from benchmark.machine import commit, describe_machine, machine_line
+from benchmark.workers import QUIET_CORES, Patience, Worker, WorkerFailed, busy_s
 from benchmark.workloads import CELLS, Cell, Workload, make_workload, parse_cells
 
-QUIET_CORES = 0.2  # more than this, busy with anything else, disturbs a run; the housekeeping of a machine is below
 OURS, OURS_ROWS, GENLM, GENERATE = "ours", "ours_rows", "genlm", "generate"
 OURS_VLLM, VLLM_GENERATE, VLLM_FRESH = "ours_vllm", "vllm_generate", "vllm_fresh"
 # Ours is to be at least so many times as fast.
@@ -99,95 +98,6 @@ class Spread(NamedTuple):
     median: float
     low: float
     high: float
-
-
-class Patience:
-    """How many more seconds may be spent on waiting for a quiet machine and on repeating disturbed runs."""
-
-    def __init__(self, seconds: float) -> None:
-        self.left_s = seconds
-
-    def wait_for_quiet(self) -> None:
-        """Return when the machine has been quiet for a second, or patience is out."""
-        while self.left_s > 0:
-            busy_s, started = _busy_s(), time.perf_counter()
-            time.sleep(1.0)
-            waited_s = time.perf_counter() - started
-            if (_busy_s() - busy_s) / waited_s <= QUIET_CORES:
-                return
-            self.left_s -= waited_s
-
-
-class WorkerFailed(Exception):
-    """A peer raised, or its process ended."""
-
-
-class Worker:
-    """A peer's process."""
-
-    def __init__(self, name: str, python: Path, model_path: Path, n_threads: int) -> None:
-        self.name = name
-        CACHE.mkdir(parents=True, exist_ok=True)
-        self._log = CACHE / f"{name}.log"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [str(python), "-m", f"benchmark.peers.{name}", str(model_path), str(n_threads)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                cwd=ROOT,
-                start_new_session=True,  # Ctrl-C is for the driver, which ends its workers
-                env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(n_threads)},
-            )
-        self.ready = self._receive()
-
-    def run(self, workload: Workload) -> dict[str, Any]:
-        """What the worker measured.
-
-        Raises:
-            WorkerFailed: It raised, or ended.
-        """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(workload._asdict()) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._ended() from None
-        return self._receive()
-
-    def cpu_s(self) -> float:
-        """Processor time used so far by a process that lives."""
-        times = psutil.Process(self._process.pid).cpu_times()
-        return float(times.user + times.system)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-
-    def _receive(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._ended()
-        message: dict[str, Any] = json.loads(line)
-        if "error" in message:
-            raise WorkerFailed(message["error"])
-        return message
-
-    def _ended(self) -> WorkerFailed:
-        code = self._process.wait()
-        last = self._log.read_text(errors="replace").splitlines()[-3:]
-        return WorkerFailed(f"its process ended with code {code}: {' '.join(last)}")
 
 
 class Measured(NamedTuple):
@@ -310,12 +220,12 @@ def _samples(
 
 def _sample(worker: Worker, live: list[Worker], cell: Cell, number: int, workload: Workload) -> Sample:
     others = [other for other in live if other is not worker]
-    before, idle_before, machine_before = worker.cpu_s(), sum(o.cpu_s() for o in others), _busy_s()
+    before, idle_before, machine_before = worker.cpu_s(), sum(o.cpu_s() for o in others), busy_s()
     started = time.perf_counter()
     reply = worker.run(workload)
     wall_s = time.perf_counter() - started
     idle_s = sum(o.cpu_s() for o in others) - idle_before
-    foreign_s = _busy_s() - machine_before - (worker.cpu_s() - before) - idle_s
+    foreign_s = busy_s() - machine_before - (worker.cpu_s() - before) - idle_s
     after_first_s = reply["total_s"] - reply["first_s"]
     n_after_first = reply["n_tokens"] - workload.n_particles
     return Sample(
@@ -329,14 +239,6 @@ def _sample(worker: Worker, live: list[Worker], cell: Cell, number: int, workloa
         foreign_cpu=max(foreign_s, 0.0) / wall_s,
         counts=False,
     )
-
-
-def _busy_s() -> float:
-    times = psutil.cpu_times()
-    return float(times.user + times.system + getattr(times, "nice", 0.0))
-
-
-# ---- from samples to a report
 
 
 def make_report(options: argparse.Namespace, measured: Measured, started: dict[str, Any]) -> dict[str, Any]:
@@ -377,8 +279,8 @@ def make_report(options: argparse.Namespace, measured: Measured, started: dict[s
         + f"--cells {','.join(map(str, options.cells))} "
         f"--repeats {options.repeats} --steps {options.steps} --seed {options.seed} --threads {options.threads}",
         "started": started,
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": describe_machine(),
         "model": options.model,
         "options": {
             "cells": [str(cell) for cell in options.cells],
@@ -424,31 +326,6 @@ def _largest(values: Sequence[int | None]) -> int | None:
 def _paired_ratios(ours: Sequence[Sample], theirs: Sequence[Sample]) -> list[float]:
     """Of the same round: what slowed the whole machine for a while slowed both."""
     return [a.tokens_per_s / b.tokens_per_s for a in ours for b in theirs if a.round == b.round]
-
-
-def _commit() -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    return {"id": git("rev-parse", "HEAD"), "has_changes": bool(git("status", "--porcelain", "--", "genlm_backend"))}
-
-
-def _machine() -> dict[str, Any]:
-    processor, flags = platform.processor(), ""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-        processor, flags = fields.get("model name", processor), fields.get("flags", "")
-    except OSError:
-        pass
-    return {
-        "processor": processor,
-        "bfloat16": [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags.split()],
-        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
 
 
 # ---- showing it
@@ -529,9 +406,7 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     ]
     yield "; ".join(versions)
     yield (
-        f"{machine['processor']}, {machine['cores']} cores, bfloat16 in hardware: "
-        f"{', '.join(machine['bfloat16']) or 'no'}, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}; "
-        f"{options['threads']} threads each; commit {report['commit']['id'][:12]}"
+        f"{machine_line(machine)}; {options['threads']} threads each; commit {report['commit']['id'][:12]}"
         f"{' with changes' if report['commit']['has_changes'] else ''}"
     )
     yield (

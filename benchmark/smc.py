@@ -3,8 +3,10 @@
     python -m benchmark.smc                       # all of it, in one run; results in .cache/benchmark/smc.json
     python -m benchmark.smc --particles 10 --only regex --ours
 
-A particle-token is a token of a particle that is alive and complete at the end. Each library runs in its own process,
-after loading and one warm-up question, on the same model and the same number of threads.
+A particle-token is a token of a particle that is alive and complete at the end. Both libraries take turns, with the
+same model and the same number of threads; each is loaded and has answered one question before the clock starts, and
+caches are empty then. A run of the peer is stopped after `--limit` seconds: it then has no complete particle, and all
+tokens that it drew until then, whether their particles would have lived or not, are counted in its favour.
 """
 
 from __future__ import annotations
@@ -14,79 +16,163 @@ import asyncio
 import json
 import math
 import os
-import platform
+import statistics
 import subprocess
 import sys
-import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from time import perf_counter, strftime
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
 
 from benchmark.environments import CACHE, ROOT, PeerUnavailable, make_environment
+from benchmark.machine import commit, describe_machine, machine_line
 from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEX, SCHEMA
 
-LIMIT_S = 900
+OURS, PEER = "ours", "genlm-control"
+TARGET, MOST_OVERHEAD = 20.0, 0.15
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--particles", type=int, nargs="+", default=[10, 50])
-    parser.add_argument("--only", choices=["regex", "json"], nargs="+", default=["regex", "json"])
-    parser.add_argument("--ours", action="store_true", help="leave the peer out")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer-python", type=Path, help="an environment made from requirements/ecosystem.txt")
-    arguments = parser.parse_args()
-    rows = []
-    for workload in arguments.only:
-        for n in arguments.particles:
-            found = asyncio.run(measure_ours(workload, n, arguments.repeats))
-            rows.append({"library": "ours", "workload": workload, "particles": n, **found})
-            report(rows[-1])
-            if not arguments.ours:
-                found = measure_peer(workload, n, arguments.peer_python)
-                rows.append({"library": "genlm-control 0.4.1", "workload": workload, "particles": n, **found})
-                report(rows[-1])
-    CACHE.mkdir(parents=True, exist_ok=True)
-    machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
-    machine["load"] = os.getloadavg()[0]
-    (CACHE / "smc.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+class Run(NamedTuple):
+    """What one run of one library found.
+
+    Attributes:
+        seconds: How long it took, or ran until it was stopped.
+        complete: Particles alive and complete at the end; None if it was stopped.
+        tokens: Tokens of those; None if it was stopped.
+        sampled: Tokens drawn for all particles.
+        overhead: Share of the time that was not the model's forward; None for the peer.
+    """
+
+    seconds: float
+    complete: int | None
+    tokens: int | None
+    sampled: int
+    overhead: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """Particle-tokens per second; of a run that was stopped, all tokens per second: more it cannot be."""
+        return (self.sampled if self.tokens is None else self.tokens) / self.seconds
 
 
-async def measure_ours(workload: str, n: int, repeats: int) -> dict[str, Any]:
-    """The run of median duration of several, each with another seed; caches are empty at its start."""
-    from genlm_backend import load_model_by_name, sampling
-    from genlm_backend.potentials import Grammar, LanguageModel, Product
-    from genlm_backend.smc import sequences, smc
+class Cell(NamedTuple):
+    """One constraint and a number of particles."""
 
-    sampling.prepare()
-    async with load_model_by_name("smollm2") as llm:
-        grammar = (
-            Grammar.regex(llm, REGEX) if workload == "regex" else Grammar.json_schema(llm, SCHEMA, whitespace=False)
-        )
-        model = sequences(Product(LanguageModel(llm, PROMPTS[workload]), grammar), max_tokens=MAX_TOKENS[workload])
-        forward = Stopwatch(llm._service.engine)
-        llm._service.engine = forward
-        await smc(model, 2, seed=99, max_steps=3)
-        runs = []
-        for seed in range(repeats):
-            llm.clear_cache()
-            forward.seconds = 0.0
-            started = time.perf_counter()
-            result = await smc(model, n, seed=seed, ess_threshold=ESS_THRESHOLD, on_failure="mark")
-            seconds = time.perf_counter() - started
-            alive = [p for p, w in zip(result.paths, result.log_weights, strict=True) if w > -math.inf]
-            tokens = sum(sum(choice != len(llm.byte_vocab) for choice in path.choices) for path in alive)
-            runs.append(
-                {
-                    "seconds": seconds,
-                    "complete": len(alive),
-                    "tokens": tokens,
-                    "all_tokens": sum(step.statuses.count("r") for step in result.steps),
-                    "overhead": 1.0 - forward.seconds / seconds,
-                    "log_evidence": result.log_evidence,
-                }
-            )
-        llm._service.engine = forward.engine
-    return sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
+    constraint: str
+    n_particles: int
+
+    def __str__(self) -> str:
+        return f"{self.constraint}, {self.n_particles} particles"
+
+
+def main() -> int:
+    """Run the benchmark; 0 if everybody was measured."""
+    options = _parser().parse_args()
+    console = Console(stderr=True)
+    cells = [Cell(constraint, n) for constraint in options.only for n in options.particles]
+    runs, versions, failures = asyncio.run(_measure(cells, options, console))
+    report = {
+        "time_utc": strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": "python -m benchmark.smc " + " ".join(sys.argv[1:]),
+        "machine": describe_machine(),
+        "commit": commit(),
+        "threads": options.threads,
+        "versions": versions,
+        "failures": failures,
+        "runs": [
+            {"library": name, "constraint": cell.constraint, "particles": cell.n_particles} | run._asdict()
+            for (name, cell), found in runs.items()
+            for run in found
+        ],
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    rows = list(_rows(cells, runs))
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+    print("\n".join(_markdown(rows, report)))
+    return 1 if failures else 0
+
+
+async def _measure(
+    cells: list[Cell], options: argparse.Namespace, console: Console
+) -> tuple[dict[tuple[str, Cell], list[Run]], dict[str, str], list[str]]:
+    """Every run, library and cell in turn, round after round."""
+    from genlm_backend.llm.demo_model import demo_model_path
+
+    runs: dict[tuple[str, Cell], list[Run]] = {}
+    versions = {name: version(name) for name in ("genlm-backend", "torch", "transformers", "llguidance")}
+    failures: list[str] = []
+    folder = demo_model_path()
+    python = None if options.ours else _peer_python(options.peer_python, console)
+    async with _Ours.loaded(options.threads) as ours:
+        for turn in range(options.repeats):
+            for cell in cells:
+                console.print(f"round {turn + 1}/{options.repeats}: {cell}")
+                runs.setdefault((OURS, cell), []).append(await ours.run(cell, seed=turn))
+                if python is not None:
+                    try:
+                        run, of_peer = _run_peer(python, folder, cell, turn, options)
+                    except PeerUnavailable as error:
+                        failures.append(f"{PEER}, {cell}: {error}")
+                        continue
+                    runs.setdefault((PEER, cell), []).append(run)
+                    versions |= {f"the peer's {name}": number for name, number in of_peer.items()}
+    for failure in failures:
+        console.print(failure, style="red")
+    return runs, versions, failures
+
+
+class _Ours:
+    """Our side: the model is loaded once, and one run is made to warm up."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.forward = Stopwatch(llm._service.engine)
+        llm._service.engine = self.forward
+
+    @classmethod
+    @asynccontextmanager
+    async def loaded(cls, n_threads: int) -> AsyncIterator[_Ours]:
+        import torch
+
+        from genlm_backend import load_model_by_name, sampling
+
+        torch.set_num_threads(n_threads)
+        sampling.prepare()
+        async with load_model_by_name("smollm2") as llm:
+            ours = cls(llm)
+            await ours.run(Cell("regex", 2), seed=99)
+            yield ours
+            llm._service.engine = ours.forward.engine
+
+    async def run(self, cell: Cell, seed: int) -> Run:
+        from genlm_backend.potentials import Grammar, LanguageModel, Product
+        from genlm_backend.smc import sequences, smc
+
+        llm = self.llm
+        prompt = PROMPTS[cell.constraint]
+        if cell.constraint == "regex":
+            grammar = Grammar.regex(llm, REGEX)
+        else:
+            grammar = Grammar.json_schema(llm, SCHEMA, whitespace=False)
+        model = sequences(Product(LanguageModel(llm, prompt), grammar), max_tokens=MAX_TOKENS[cell.constraint])
+        llm.clear_cache()
+        self.forward.seconds = 0.0
+        started = perf_counter()
+        result = await smc(model, cell.n_particles, seed=seed, ess_threshold=ESS_THRESHOLD, on_failure="mark")
+        seconds = perf_counter() - started
+        alive = [p for p, w in zip(result.paths, result.log_weights, strict=True) if w > -math.inf]
+        tokens = sum(sum(choice != len(llm.byte_vocab) for choice in path.choices) for path in alive)
+        sampled = sum(step.statuses.count("r") for step in result.steps)
+        return Run(seconds, len(alive), tokens, sampled, 1.0 - self.forward.seconds / seconds)
 
 
 class Stopwatch:
@@ -96,50 +182,106 @@ class Stopwatch:
         self.engine, self.seconds = engine, 0.0
 
     def evaluate(self, contexts: Any) -> Any:
-        started = time.perf_counter()
+        started = perf_counter()
         try:
             return self.engine.evaluate(contexts)
         finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds += perf_counter() - started
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
 
-def measure_peer(workload: str, n: int, python: Path | None) -> dict[str, Any]:
-    """One run; or why there is none."""
-    from genlm_backend.llm.demo_model import demo_model_path
+def _peer_python(given: Path | None, console: Console) -> Path:
+    if given is not None:
+        return given
+    lines = (ROOT / "requirements" / "ecosystem.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    torch = version("torch").split("+")[0]
+    return make_environment("ecosystem", [[f"torch=={torch}"], pins], lambda text: console.print(f"{text} ..."))
 
-    try:
-        if python is None:
-            lines = (ROOT / "requirements" / "ecosystem.txt").read_text().splitlines()
-            pins = [line for line in lines if line and not line.startswith("#")]
-            python = make_environment("ecosystem", [["torch==2.13.0"], pins], print)
-        command = [str(python), "-m", "benchmark.peers.control_smc", str(demo_model_path()), workload, str(n), "0"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False, cwd=ROOT)
-    except PeerUnavailable as error:
-        return {"failed": str(error)}
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {LIMIT_S} s"}
+
+def _run_peer(
+    python: Path, folder: Path, cell: Cell, seed: int, options: argparse.Namespace
+) -> tuple[Run, dict[str, str]]:
+    """One run in a process of its own, which has loaded the model before its clock starts."""
+    arguments = [folder, cell.constraint, cell.n_particles, seed, options.limit, options.threads]
+    command = [str(python), "-m", "benchmark.peers.control_smc", *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1]}
+        raise PeerUnavailable((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    run = Run(found["seconds"], found.get("complete"), found.get("tokens"), found["sampled"])
+    return run, found["versions"]
 
 
-def report(row: dict[str, Any]) -> None:
-    head = f"{row['library']:20} {row['workload']:6} {row['particles']:3} particles: "
-    if "failed" in row:
-        print(head + row["failed"], file=sys.stderr)
-        return
-    speed = row["tokens"] / row["seconds"]
-    overhead = f", own overhead {row['overhead']:.1%}" if "overhead" in row else ""
-    print(
-        f"{head}{speed:8.1f} particle-tokens/s, {row['seconds']:7.2f} s, {row['complete']} alive and complete, "
-        f"{row['all_tokens'] / row['seconds']:.1f} tokens/s of all particles{overhead}",
-        flush=True,
+# ---- showing it
+
+
+def _rows(cells: list[Cell], runs: dict[tuple[str, Cell], list[Run]]) -> Any:
+    yield (
+        "",
+        "particle-tokens per second",
+        f"ours / {PEER} (target {TARGET:g})",
+        "alive and complete",
+        "seconds to 10 valid samples",
+        f"own overhead (at most {MOST_OVERHEAD:.0%})",
     )
+    for cell in cells:
+        for name in (OURS, PEER):
+            found = runs.get((name, cell))
+            if not found:
+                continue
+            ratio = overhead = ""
+            if name == OURS:
+                overhead = f"{statistics.median(run.overhead or 0.0 for run in found):.1%}"
+                if peers := runs.get((PEER, cell)):
+                    ratio = _spread([a.rate / b.rate for a, b in zip(found, peers, strict=False) if b.rate])
+            stopped = any(run.tokens is None for run in found)
+            complete = ["stopped" if run.complete is None else str(run.complete) for run in found]
+            rate = ("at most " if stopped else "") + _spread([run.rate for run in found])
+            yield f"{name}, {cell}", rate, ratio, ", ".join(complete), seconds_to(10, found), overhead
+
+
+def seconds_to(n_valid: int, runs: list[Run]) -> str:
+    """How long the runs take, one after another and from the start again, until they have given so many samples."""
+    if not any(run.complete for run in runs):
+        return f"none in {sum(run.seconds for run in runs):.0f}"
+    seconds, n_found, turn = 0.0, 0, 0
+    while n_found < n_valid:
+        run = runs[turn % len(runs)]
+        seconds, n_found, turn = seconds + run.seconds, n_found + (run.complete or 0), turn + 1
+    return f"{seconds:.1f}"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} - {max(values):.1f})"
+
+
+def _markdown(rows: list[Any], report: dict[str, Any]) -> Any:
+    yield "| " + " | ".join(rows[0]) + " |"
+    yield "| --- |" + " ---: |" * (len(rows[0]) - 1)
+    for row in rows[1:]:
+        yield "| " + " | ".join(row) + " |"
+    yield ""
+    yield "- " + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    yield f"- {machine_line(report['machine'])}; {report['threads']} threads; commit {report['commit']['id'][:12]}"
+    yield f"- command: {report['command']}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--particles", type=int, nargs="+", default=[10, 50])
+    parser.add_argument("--only", choices=["regex", "json"], nargs="+", default=["regex", "json"])
+    parser.add_argument("--ours", action="store_true", help="leave the peer out")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a run of the peer is stopped")
+    parser.add_argument("--peer-python", type=Path, help="an environment made from requirements/ecosystem.txt")
+    parser.add_argument("--json", type=Path, default=CACHE / "smc.json")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -234,8 +234,9 @@ def joined(vocabulary: Sequence[bytes], n: int) -> list[bytes]:
 
 def measure(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
     """Run every task on both packages."""
-    from benchmark.engines import Patience, _commit, _machine
     from benchmark.environments import genlm_python
+    from benchmark.machine import commit, describe_machine
+    from benchmark.workers import Patience
 
     patience = Patience(options.patience)
     vocabularies = read_vocabularies(options)
@@ -267,8 +268,8 @@ def measure(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[st
     for worker in workers.values():
         worker.close()
     return {
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": describe_machine(),
         "packages": ready,
         "ours_first_use_without_cache_s": cold_s,
         "vocabularies": tables,

@@ -1,6 +1,6 @@
 """genlm-control's SMC with genlm-backend, both from PyPI: one run, told as one line of JSON.
 
-Arguments: model folder, workload, particles, seed.
+Arguments: model folder, workload, particles, seed, most seconds to run, threads.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import asyncio
 import json
 import sys
 import time
+from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,28 +19,47 @@ from genlm.control import AWRS, BoolFSA, JsonSchema, PromptedLLM
 
 from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEX, SCHEMA
 
+n_sampled = 0
 
-async def main(folder: str, workload: str, n_particles: int, seed: int) -> None:
+
+class Counted(AWRS):  # type: ignore[misc]
+    """Counts the tokens drawn, so that a run that does not end can be told apart from one that stands still."""
+
+    async def sample(self, *args: Any, **kwargs: Any) -> Any:
+        global n_sampled
+        drawn = await super().sample(*args, **kwargs)
+        n_sampled += 1
+        return drawn
+
+
+async def main(folder: str, workload: str, n_particles: int, seed: int, limit_s: float) -> None:
     np.random.seed(seed)  # noqa: NPY002  (the peer resamples with the global generator)
     torch.manual_seed(seed)
     backend = load_model_by_name(folder, backend="hf", llm_opts={"timeout": 0.001, "batch_size": n_particles})
     prompted = PromptedLLM(backend)
     prompted.set_prompt_from_str(PROMPTS[workload])
     potential = BoolFSA.from_regex(REGEX) if workload == "regex" else JsonSchema(SCHEMA)
-    sampler = AWRS(prompted, potential.coerce(prompted, f=b"".join), seed=seed)
+    sampler = Counted(prompted, potential.coerce(prompted, f=b"".join), seed=seed)
     await prompted.logw_next([])  # what is loaded at the first use is not timed
     backend.clear_cache()
+    running = sampler.smc(n_particles=n_particles, ess_threshold=ESS_THRESHOLD, max_tokens=MAX_TOKENS[workload])
     started = time.perf_counter()
-    sequences = await sampler.smc(n_particles=n_particles, ess_threshold=ESS_THRESHOLD, max_tokens=MAX_TOKENS[workload])
-    seconds = time.perf_counter() - started
-    counts = []
-    for context, log_weight in zip(sequences.contexts, sequences.log_weights, strict=True):
-        is_complete = len(context) > 0 and not isinstance(context[-1], bytes)  # the end is an object of its own
-        if log_weight > -np.inf and is_complete:
-            counts.append(len(context) - 1)
-    all_tokens = sum(len(context) for context in sequences.contexts)
-    print(json.dumps({"seconds": seconds, "complete": len(counts), "tokens": sum(counts), "all_tokens": all_tokens}))
+    found: dict[str, Any] = {}
+    try:
+        sequences = await asyncio.wait_for(running, limit_s)
+        counts = []
+        for context, log_weight in zip(sequences.contexts, sequences.log_weights, strict=True):
+            is_complete = len(context) > 0 and not isinstance(context[-1], bytes)  # the end is an object of its own
+            if log_weight > -np.inf and is_complete:
+                counts.append(len(context) - 1)
+        found = {"complete": len(counts), "tokens": sum(counts)}
+    except TimeoutError:
+        pass
+    found |= {"seconds": time.perf_counter() - started, "sampled": n_sampled}
+    found["versions"] = {name: version(name) for name in ("genlm-control", "genlm-backend", "torch", "transformers")}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    torch.set_num_threads(int(sys.argv[6]))
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])))
