@@ -27,7 +27,6 @@ from time import perf_counter, strftime
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmark.environments import CACHE, ROOT, PeerUnavailable, make_environment
 from benchmark.machine import commit, describe_machine, machine_line
@@ -93,10 +92,6 @@ def main() -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     rows = list(_rows(cells, runs))
-    table = Table(*rows[0])
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
     print("\n".join(_markdown(rows, report)))
     return 1 if failures else 0
 

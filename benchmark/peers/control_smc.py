@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import sysconfig
 import time
-from importlib.metadata import version
+from importlib.metadata import distributions
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,9 @@ async def main(folder: str, workload: str, n_particles: int, seed: int, limit_s:
     except TimeoutError:
         pass
     found |= {"seconds": time.perf_counter() - started, "sampled": n_sampled}
-    found["versions"] = {name: version(name) for name in ("genlm-control", "genlm-backend", "torch", "transformers")}
+    # Only what is installed: the folder it runs in has a genlm-backend of its own.
+    installed = {each.name: each.version for each in distributions(path=[sysconfig.get_path("purelib")])}
+    found["versions"] = {name: installed[name] for name in ("genlm-control", "genlm-backend", "torch", "transformers")}
     print(json.dumps(found))
 
 
