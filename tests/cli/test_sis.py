@@ -28,6 +28,8 @@ from genlm_backend.cli.sis import Particle, Settings, allowed_tokens, continuati
 from genlm_backend.llm import MockAsyncLM
 from genlm_backend.llm.queries import MaskMass
 
+pytestmark = pytest.mark.thorough
+
 PROMPT = "Montreal is"
 
 

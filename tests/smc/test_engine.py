@@ -34,6 +34,8 @@ from genlm_backend.smc import (
 from genlm_backend.testing import FakeEngine, check_idle, fake_language_model
 from tests.smc.oracle import ROW, ChainParticle, chain
 
+pytestmark = pytest.mark.thorough
+
 
 @program
 async def writer(ctx, llm, n=4, looks=False):

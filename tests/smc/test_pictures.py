@@ -16,6 +16,8 @@ from genlm_backend.smc.frames import frames
 from genlm_backend.smc.live import live_progress, picture
 from tests.smc.oracle import ROW, chain
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(params=["smc", "beam", "steer", "importance"])
 async def result(request):

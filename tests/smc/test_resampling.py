@@ -17,6 +17,8 @@ from genlm_backend.smc import resampling
 from genlm_backend.smc.resampling import SCHEMES, conditional_multinomial, optimal, resample
 from genlm_backend.smc.weights import normalized
 
+pytestmark = pytest.mark.thorough
+
 EQUAL_WEIGHTS = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
 WEIGHTS = [
     [0.4, 0.0, 0.3, 0.2, 0.05, 0.05],

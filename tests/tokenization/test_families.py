@@ -24,6 +24,8 @@ from genlm_backend.errors import VocabularyError
 from genlm_backend.tokenization import decode_vocab
 from tests import fetch_tokenizers
 
+pytestmark = pytest.mark.thorough
+
 N_TEXTS = 10_000
 BYTE_LEVEL = ("gpt2", "llama3", "qwen2_5", "deepseek_v3", "mistral_nemo", "gpt4o", "command_r_plus")
 BYTE_FALLBACK = ("llama2", "gemma", "gemma3", "yi", "baichuan2", "internlm2", "chatglm3")

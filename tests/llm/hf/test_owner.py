@@ -21,6 +21,8 @@ from genlm_backend.llm.hf.self_test import difference
 from tests import architectures, tiny_tokenizer
 from tests.llm.hf.walks import DYNAMIC_ROPE, LONGROPE, TINY_NATS, fresh, plain_row, random_ids, small
 
+pytestmark = pytest.mark.thorough
+
 PROMPT = random_ids(random.Random(5), 10)
 
 

@@ -34,6 +34,8 @@ from tests.llm.hf.walks import (
     small,
 )
 
+pytestmark = pytest.mark.thorough
+
 
 def check(model: Any) -> None:
     check_packed(packed_engine(model), replica(model), static_rope_length(model))
