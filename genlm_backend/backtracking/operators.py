@@ -312,6 +312,7 @@ class FoldRule(Rule[Any]):
 
     def __init__(self, operator: FoldOperator, every_n: int = 1) -> None:
         self.operator, self._every_n = operator, _checked_every_n(every_n)
+        self.name = type(operator).__name__
         self.sees = operator.sees
         self.reach = operator.most
 
@@ -352,6 +353,7 @@ class CallableRule(Rule[int]):
 
     def __init__(self, operator: Callable[..., int], decode: Callable[[int], str], every_n: int = 1) -> None:
         self._operator, self._decode, self._every_n = operator, decode, _checked_every_n(every_n)
+        self.name = str(getattr(operator, "__name__", type(operator).__name__))
         self._n_seen = 0
 
     def init(self, prompt: Prompt) -> int:
@@ -364,7 +366,7 @@ class CallableRule(Rule[int]):
         if len(step.path) % self._every_n or dist is None:
             return state + 1, Keep()
         n = int(self._operator(*_tensors(dist), dist.rank(step.token_id), self._decode(step.token_id)))
-        return state + 1, Undo(n, why=_name(self._operator)) if n > 0 else Keep()
+        return state + 1, Undo(n, why=self.name) if n > 0 else Keep()
 
     def rewind(self, n_tokens: int) -> None:
         """Tell the operator that only so many tokens are left."""
@@ -426,10 +428,6 @@ def _tensors(dist: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
     order: Any = slice(None) if dist.token_ids is not None else np.argsort(-dist.log_q, kind="stable")
     logits = torch.from_numpy(np.array(dist.log_tempered[order], np.float32))
     return logits, torch.from_numpy(np.array(dist.probabilities[order], np.float32))
-
-
-def _name(operator: object) -> str:
-    return getattr(operator, "__name__", type(operator).__name__)
 
 
 def _checked_every_n(every_n: int) -> int:

@@ -28,7 +28,8 @@ from genlm_backend.backtracking import (
     walk,
 )
 from genlm_backend.backtracking.operators import OPERATORS
-from genlm_backend.llm import MockAsyncLM
+from genlm_backend.errors import InvalidQuery, RuleRefused
+from genlm_backend.llm import AsyncLM, LogNormalizer, MockAsyncLM
 from tests.backtracking.speaker import chooser, speaker
 
 ALL = [kind() for kind in OPERATORS.values()]
@@ -71,6 +72,28 @@ def test_logit_threshold_reads_the_logit_of_the_token():
     operator = LogitThreshold(min_logit=-5.0)
     assert asked(operator, [0.9, 0.1], 1, logits=[3.0, -6.0]) == 1
     assert asked(operator, [0.9, 0.1], 0, logits=[3.0, -6.0]) == 0
+
+
+class RowsOnly(AsyncLM):
+    """An engine that gives log-probabilities and nothing else."""
+
+    def query(self, token_ids, query, lora_name=None):
+        if isinstance(query, LogNormalizer):
+            raise InvalidQuery("LogNormalizer is not answered here")
+        return super().query(token_ids, query, lora_name)
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"), [(LogitThreshold(), "LogitThreshold"), (lambda *_: 0, "<lambda>"), (Never(), None)]
+)
+def test_what_looks_at_logits_is_refused_by_name_where_there_are_none(operator, name):
+    llm = speaker(VOCAB, chooser(**EVEN))
+    llm.__class__ = RowsOnly
+    if name is None:
+        assert run(Generator(llm), operator).is_complete
+        return
+    with pytest.raises(RuleRefused, match=f"^{name} cannot be used with RowsOnly: .* take a rule that looks at prob"):
+        run(Generator(llm), operator)
 
 
 def test_drop_compares_with_the_last_token_that_stayed():
