@@ -257,7 +257,7 @@ def test_sentencepiece_model_files(name: str) -> None:
     assert_texts(byte_vocab, texts, [" " + text if text else "" for text in texts], processor.encode(texts))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_unigram_model_file() -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     path = cached("ai21-tokenizer", UNIGRAM)
