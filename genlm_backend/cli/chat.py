@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -106,14 +107,15 @@ class Conversation:
     def run(self) -> None:
         """Read, answer, repeat."""
         if self._is_terminal:
+            with suppress(ImportError):  # arrow keys edit the line and bring back earlier ones, where Python has it
+                import readline  # noqa: F401
             self._console.print(Text("/help tells what you can type", style="dim"))
         while True:
             try:
                 line = input("> " if self._is_terminal else "").strip()
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                self._console.print()
+            except (EOFError, KeyboardInterrupt):
+                if self._is_terminal:
+                    self._console.print()
                 return
             if line in ("exit", "quit", "/quit", "/exit"):
                 return
