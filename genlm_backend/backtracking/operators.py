@@ -15,7 +15,8 @@ serves any number of generations at once. Called as above they keep the states o
 What differs from backtracking-llm 0.3.1, on purpose: what was taken back is not drawn again (mode `local`), so an
 operator that always objects comes to an end; for `EntropyThreshold` and `ProbabilityMargin`, which judge the place and
 not the token, what is not returned to is that place. `ProbabilityDrop` compares with the last token that stayed,
-`NGramOverlap` remembers what was there before, and tokens are told apart by their bytes.
+`NGramOverlap` remembers what was there before, tokens are told apart by their bytes, and where they are asked at every
+n-th token only, those that remember have followed the others too.
 """
 
 from __future__ import annotations
@@ -308,10 +309,11 @@ OPERATORS: dict[str, type[FoldOperator]] = {
 
 
 class FoldRule(Rule[Any]):
-    """One of the operators of this file as a rule, asked at every n-th token."""
+    """One of the operators of this file as a rule: it follows all tokens, and may object at every n-th."""
 
     def __init__(self, operator: FoldOperator, every_n: int = 1) -> None:
         self.operator, self._every_n = operator, _checked_every_n(every_n)
+        self.name = type(operator).__name__
         self.sees = operator.sees
         self.reach = operator.most
 
@@ -323,10 +325,10 @@ class FoldRule(Rule[Any]):
         return self.operator.start()
 
     def step(self, state: Any, step: Step) -> tuple[Any, Verdict]:
-        if len(step.path) % self._every_n or step.is_forced:
+        if step.is_forced:
             return state, Keep()
         state, n = self.operator.judge(state, self._view(step))
-        if not n:
+        if not n or len(step.path) % self._every_n:
             return state, Keep()
         return state, Undo(n, late=self.operator.late, why=repr(self.operator))
 
@@ -352,6 +354,7 @@ class CallableRule(Rule[int]):
 
     def __init__(self, operator: Callable[..., int], decode: Callable[[int], str], every_n: int = 1) -> None:
         self._operator, self._decode, self._every_n = operator, decode, _checked_every_n(every_n)
+        self.name = str(getattr(operator, "__name__", type(operator).__name__))
         self._n_seen = 0
 
     def init(self, prompt: Prompt) -> int:
@@ -364,7 +367,7 @@ class CallableRule(Rule[int]):
         if len(step.path) % self._every_n or dist is None:
             return state + 1, Keep()
         n = int(self._operator(*_tensors(dist), dist.rank(step.token_id), self._decode(step.token_id)))
-        return state + 1, Undo(n, why=_name(self._operator)) if n > 0 else Keep()
+        return state + 1, Undo(n, why=self.name) if n > 0 else Keep()
 
     def rewind(self, n_tokens: int) -> None:
         """Tell the operator that only so many tokens are left."""
@@ -406,7 +409,7 @@ def operator_rule(operator: Any, decode: Callable[[int], str] = str, every_n: in
     Args:
         operator: One of this file, or any callable of its form.
         decode: From a token id to the text that a callable is told.
-        every_n: It is asked at every n-th token only.
+        every_n: It is asked at every n-th token only; one of this file follows the others too.
 
     Raises:
         TypeError: It is not callable.
@@ -426,10 +429,6 @@ def _tensors(dist: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
     order: Any = slice(None) if dist.token_ids is not None else np.argsort(-dist.log_q, kind="stable")
     logits = torch.from_numpy(np.array(dist.log_tempered[order], np.float32))
     return logits, torch.from_numpy(np.array(dist.probabilities[order], np.float32))
-
-
-def _name(operator: object) -> str:
-    return getattr(operator, "__name__", type(operator).__name__)
 
 
 def _checked_every_n(every_n: int) -> int:

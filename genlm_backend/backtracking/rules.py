@@ -214,8 +214,10 @@ class Rule(ABC, Generic[S]):
             `Keep.hold` says so token by token.
         is_procedure: It does more than forbid: what comes out is no conditional of the model, and mode `exact`
             refuses it.
+        name: What messages call it; empty is the name of its class.
     """
 
+    name: str = ""
     sees: Sees = Sees.TOKEN
     reach: int | None = None
     is_procedure: bool = False
@@ -279,6 +281,7 @@ class FunctionRule(Rule[Any]):
 
     def __init__(self, function: Callable[..., Any], *, init: Any, sees: Sees, reach: int | None) -> None:
         self._function = function
+        self.name = str(getattr(function, "__name__", type(function).__name__))
         self._init = init
         self._has_state = init is not None
         self.sees = sees
@@ -425,6 +428,16 @@ class AllOf(Rule[tuple[Any, ...]]):
     async def choose(self, state: tuple[Any, ...], choices: Choices) -> int | Undo | Splice:
         assert self._chooser is not None
         return await self.rules[self._chooser].choose(state[self._chooser], choices)
+
+    def names(self, chosen: Callable[[Rule[Any]], bool]) -> list[str]:
+        """Of the members, theirs too, for which `chosen` is true."""
+        found: list[str] = []
+        for member in self.rules:
+            if isinstance(member, AllOf):
+                found += member.names(chosen)
+            elif chosen(member):
+                found.append(member.name or type(member).__name__)
+        return found
 
     @property
     def warps(self) -> bool:

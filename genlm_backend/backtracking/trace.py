@@ -102,8 +102,9 @@ class Trace:
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>"
-            f"<body><h1>{html.escape(self.title)}</h1>{self._body()}<p class=legend>{legend}</p></body></html>\n"
+            f"<title>{html.escape(self.title)}</title><style>{_SPANS}{_PAGE}</style></head>"
+            f"<body><h1>{html.escape(self.title)}</h1>{self._body()}"
+            f'<div class="genlm-trace"><p class=legend>{legend}</p></div></body></html>\n'
         )
 
     def save(self, path: str | Path) -> Path:
@@ -113,7 +114,7 @@ class Trace:
         return path
 
     def _repr_html_(self) -> str:
-        return f"<style>{_STYLE}</style>{self._body()}"
+        return f"<style>{_SPANS}</style>{self._body()}"
 
     def _body(self) -> str:
         spans = "".join(
@@ -168,12 +169,16 @@ def _shown(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-_STYLE = (
+_SPANS = (  # nothing here reaches beyond the trace: it is also shown within other pages
     ".genlm-trace{font:16px/1.6 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}"
-    ".genlm-trace .prompt{opacity:.55}.kept{}"
-    ".retracted{color:#b3261e;text-decoration:line-through}.forced{color:#1a56c4}.healed{color:#b45f06}"
-    ".genlm-trace .summary{font:13px system-ui,sans-serif;opacity:.7}"
+    ".genlm-trace .prompt{opacity:.55}"
+    ".genlm-trace .retracted{color:#b3261e;text-decoration:line-through}"
+    ".genlm-trace .forced{color:#1a56c4}.genlm-trace .healed{color:#b45f06}"
+    ".genlm-trace .summary,.genlm-trace .legend{font:13px system-ui,sans-serif;opacity:.7}"
+)
+_PAGE = (
     "body{max-width:60em;margin:2em auto;padding:0 1em;color-scheme:light dark;background:Canvas;color:CanvasText}"
-    "h1{font:600 20px system-ui,sans-serif}.legend{font:13px system-ui,sans-serif}"
-    "@media (prefers-color-scheme:dark){.retracted{color:#ff8a80}.forced{color:#8ab4ff}.healed{color:#ffb870}}"
+    "h1{font:600 20px system-ui,sans-serif}"
+    "@media (prefers-color-scheme:dark){.genlm-trace .retracted{color:#ff8a80}.genlm-trace .forced{color:#8ab4ff}"
+    ".genlm-trace .healed{color:#ffb870}}"
 )

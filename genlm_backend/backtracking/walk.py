@@ -344,7 +344,8 @@ def walk(
 
     Raises:
         InvalidQuery: An argument is out of its range.
-        RuleRefused: A rule is a procedure, which mode `exact` cannot condition on.
+        RuleRefused: A rule is a procedure, which mode `exact` cannot condition on; while it runs, a rule looks at
+            logits and the model does not tell them.
         EmptyPrompt, TokenIdError, ContextTooLong: While it runs; see `AsyncLM`.
         WalkExhausted: While it runs, with `when_exhausted="raise"`.
     """
@@ -367,7 +368,7 @@ def walk(
     if weigh and (mode not in ("exact", "mask") or filters.is_greedy or joined.chooses or joined.is_procedure):
         raise InvalidQuery("weigh=True is for modes 'exact' and 'mask', with draws, and rules that only forbid")
     if mode == "exact" and joined.is_procedure:
-        names = [type(member).__name__ for member in joined.rules if member.is_procedure]
+        names = joined.names(lambda member: member.is_procedure)
         raise RuleRefused(names, "mode 'exact'", "it writes or reshapes text, which is no condition; use mode='local'")
     setting = _Setting(
         llm=llm,
@@ -922,11 +923,15 @@ class Walk:
         return dist
 
     async def _log_normalizer(self, whole: list[int]) -> float:
-        value = float(await self._set.llm.query(whole, LogNormalizer(), self._set.adapter))
-        if math.isnan(value):
-            names = [type(member).__name__ for member in self._set.rule.rules if member.sees >= Sees.LOGITS]
-            raise RuleRefused(names, type(self._set.llm).__name__, "it does not tell the model's own logits")
-        return value
+        try:
+            value = float(await self._set.llm.query(whole, LogNormalizer(), self._set.adapter))
+        except (InvalidQuery, NotImplementedError):
+            value = math.nan
+        if not math.isnan(value):
+            return value
+        names = self._set.rule.names(lambda member: member.sees >= Sees.LOGITS)
+        reason = "it does not tell the model's own logits (the query LogNormalizer); take a rule that looks at"
+        raise RuleRefused(names, type(self._set.llm).__name__, f"{reason} probabilities, or an engine that tells them")
 
     def _remember(self, name: int, dist: Distribution) -> None:
         if self._set.rule.warps:

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -66,7 +67,7 @@ def command(
     verbose: Verbosity = 0,
 ) -> None:
     """Talk with MODEL. Tokens that the operator or the strategy objects to are taken back before you see them."""
-    tell_rollbacks(verbose)
+    log = tell_rollbacks(verbose)
     make = asked_by(operator, operator_arg or [], strategy, ban or [])
     options = {
         "max_new_tokens": max_new_tokens,
@@ -82,7 +83,7 @@ def command(
     asked.options.update(options)
     pipeline = ChatPipeline(generator)
     pipeline.prompt_ids([{"role": "user", "content": "."}])  # no template: told now, not after the first question
-    Conversation(pipeline, asked, system, seed).run()
+    Conversation(pipeline, asked, system, seed, log).run()
 
 
 class Conversation:
@@ -93,10 +94,13 @@ class Conversation:
         asked: How answers are generated.
         system: The first message.
         seed: Of the first answer; the next has the next one.
+        log: Tells rollbacks between the pieces of answers.
     """
 
-    def __init__(self, pipeline: ChatPipeline, asked: Asked, system: str | None, seed: int | None) -> None:
-        self._pipeline, self._asked, self._seed = pipeline, asked, seed
+    def __init__(
+        self, pipeline: ChatPipeline, asked: Asked, system: str | None, seed: int | None, log: OwnLine
+    ) -> None:
+        self._pipeline, self._asked, self._seed, self._log = pipeline, asked, seed, log
         self._first = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = list(self._first)
         self._console = Console()
@@ -106,14 +110,15 @@ class Conversation:
     def run(self) -> None:
         """Read, answer, repeat."""
         if self._is_terminal:
+            with suppress(ImportError):  # arrow keys edit the line and bring back earlier ones, where Python has it
+                import readline  # noqa: F401
             self._console.print(Text("/help tells what you can type", style="dim"))
         while True:
             try:
                 line = input("> " if self._is_terminal else "").strip()
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                self._console.print()
+            except (EOFError, KeyboardInterrupt):
+                if self._is_terminal:
+                    self._console.print()
                 return
             if line in ("exit", "quit", "/quit", "/exit"):
                 return
@@ -146,6 +151,7 @@ class Conversation:
         except KeyboardInterrupt:
             self._console.print(Text(" (stopped)", style="dim"), end="")
         self._console.print()
+        self._log.is_mid_line = False
         self.messages.append({"role": "assistant", "content": "".join(said)})
 
     async def _tell(self, said: list[str]) -> None:
@@ -153,6 +159,7 @@ class Conversation:
             said.append(piece)
             self._console.print(Text(piece), end="", soft_wrap=True)
             self._console.file.flush()
+            self._log.is_mid_line = self._is_terminal and not piece.endswith("\n")
 
     async def _pieces(self) -> AsyncIterator[str]:
         options = dict(self._asked.options)
@@ -224,13 +231,27 @@ def operator_by_name(name: str, arguments: list[str]) -> Any:
         raise typer.BadParameter(str(error), param_hint="--operator-arg") from error
 
 
-def tell_rollbacks(verbose: int) -> None:
-    """Show this package's log: each rollback, or everything."""
+class OwnLine(RichHandler):
+    """Tells each record on a line of its own, also in the midst of an answer."""
+
+    is_mid_line = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Begin a line where none is begun, and tell the record."""
+        if self.is_mid_line:
+            self.console.line()
+            self.is_mid_line = False
+        super().emit(record)
+
+
+def tell_rollbacks(verbose: int) -> OwnLine:
+    """Show this package's log: each rollback, or everything; nothing with 0."""
+    handler = OwnLine(console=Console(stderr=True), show_path=False, show_time=False)
     if verbose:
-        handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
         logger = logging.getLogger("genlm_backend")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+    return handler
 
 
 def _read(argument: str) -> tuple[str, Any]:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import difflib
 import inspect
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,22 @@ from genlm_backend.backtracking import generator
 from genlm_backend.llm import MockAsyncLM
 
 DOCS = Path(__file__).parents[2] / "docs" / "backtracking"
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_notebook_runs_as_shown(smollm2_path, tmp_path):
+    """Nine lines in ten: rows differ by 2e-5 between machines, and a draw may be another token."""
+    root = DOCS.parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(DOCS / "make_notebook.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made, shown = ((folder / "notebook.md").read_text().splitlines() for folder in (tmp_path, DOCS))
+    assert difflib.SequenceMatcher(None, made, shown).ratio() > 0.9
+    cells = json.loads((DOCS / "notebook.ipynb").read_text())["cells"]
+    assert all("".join(cell["source"]) in "\n".join(shown) for cell in cells), "the page is of this notebook"
 
 
 @pytest.mark.model

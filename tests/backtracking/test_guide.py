@@ -65,6 +65,11 @@ def test_unfinished_text_costs_no_correction() -> None:
     assert (result.response, result.num_grammar_corrections, result.valid) == ('{"name": [1, 2]}', 0, True)
 
 
+def test_a_grammar_of_nothing_too_has_a_text() -> None:
+    result = guide(Scripted(""), load_parser('start: "a"?'), "")
+    assert (result.response, result.valid) == ("", True)
+
+
 def test_text_after_the_end_is_cut_off() -> None:
     result = guide(Scripted('{"a": 1}\n\nThat is it.'), load_parser("json"), "")
     assert result.response.strip() == '{"a": 1}' and result.valid and not result.correction_log

@@ -17,18 +17,25 @@ MODES = ("exact", "local", "first", "mask", "none")
 N = 600
 # Total variation to P(x | no phrase) of the law of each mode, as documented in docs/backtracking/modes.md.
 DOCUMENTED = {
-    "BIG": {"exact": 0.0, "local": 0.0245, "first": 0.1139, "mask": 0.1324, "none": 0.0241},
+    "BIG": {"exact": 0.0, "local": 0.0791, "first": 0.1882, "mask": 0.2796, "none": 0.0879},
     "SMALL": {"exact": 0.0, "local": 0.0771, "first": 0.3551, "mask": 0.3000, "none": 0.1366},
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("BIG", marks=pytest.mark.slow), "SMALL"])
+# What was measured on the toy of the design's notes, of the same shape, with 150,000 samples and a noise of 0.009.
+MEASURED_BEFORE = {"local": 0.082, "first": 0.187, "mask": 0.281, "none": 0.086}
+
+
+@pytest.mark.parametrize("name", ["BIG", "SMALL"])
 def test_documented_figures_are_those_of_the_laws(name: str) -> None:
     example: toy.Toy = getattr(toy, name)
     laws = example.laws()
     for mode, law in laws.items():
         assert sum(law.values()) == pytest.approx(1)
         assert total_variation(law, laws["exact"]) == pytest.approx(DOCUMENTED[name][mode], abs=5e-5)
+    if name == "BIG":
+        assert laws["exact"] == BIG.conditional()
+        assert all(abs(DOCUMENTED[name][mode] - known) < 0.009 for mode, known in MEASURED_BEFORE.items())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -42,12 +49,25 @@ def test_each_mode_samples_from_its_law(mode: str) -> None:
     assert all(total_variation(counts, laws[other]) > bound(laws[other], N) for other in others)
 
 
+@pytest.fixture(scope="module")
+def big_laws() -> dict[str, toy.Law]:
+    return BIG.laws()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_each_mode_samples_from_its_law_on_the_big_toy(mode: str) -> None:
-    law = BIG.laws()[mode]
-    counts = BIG.counts(mode, 8000)
-    assert total_variation(counts, law) < bound(law, 8000)
+def test_each_mode_samples_from_its_law_on_the_big_toy(mode: str, big_laws: dict[str, toy.Law]) -> None:
+    counts = BIG.counts(mode, 12000)
+    assert total_variation(counts, big_laws[mode]) < bound(big_laws[mode], 12000)
+    others = {m for m in MODES if total_variation(big_laws[m], big_laws[mode]) > 2 * bound(big_laws[mode], 12000)}
+    assert others and all(total_variation(counts, big_laws[m]) > bound(big_laws[m], 12000) for m in others)
+
+
+def test_exact_is_the_conditional_on_the_big_toy(big_laws: dict[str, toy.Law]) -> None:
+    """What masks the last token must fail the same check."""
+    law = big_laws["exact"]
+    assert total_variation(BIG.counts("exact", 700, overlay=Overlay()), law) < bound(law, 700)
+    assert total_variation(BIG.counts("mask", 700), law) > bound(law, 700)
 
 
 def test_a_shared_overlay_stays_exact_and_saves_draws() -> None:

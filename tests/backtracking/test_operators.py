@@ -24,11 +24,14 @@ from genlm_backend.backtracking import (
     ProbabilityThreshold,
     ProbabilityTrend,
     Repetition,
+    Retract,
+    Token,
     operator_rule,
     walk,
 )
 from genlm_backend.backtracking.operators import OPERATORS
-from genlm_backend.llm import MockAsyncLM
+from genlm_backend.errors import InvalidQuery, RuleRefused
+from genlm_backend.llm import AsyncLM, LogNormalizer, MockAsyncLM
 from tests.backtracking.speaker import chooser, speaker
 
 ALL = [kind() for kind in OPERATORS.values()]
@@ -71,6 +74,28 @@ def test_logit_threshold_reads_the_logit_of_the_token():
     operator = LogitThreshold(min_logit=-5.0)
     assert asked(operator, [0.9, 0.1], 1, logits=[3.0, -6.0]) == 1
     assert asked(operator, [0.9, 0.1], 0, logits=[3.0, -6.0]) == 0
+
+
+class RowsOnly(AsyncLM):
+    """An engine that gives log-probabilities and nothing else."""
+
+    def query(self, token_ids, query, lora_name=None):
+        if isinstance(query, LogNormalizer):
+            raise InvalidQuery("LogNormalizer is not answered here")
+        return super().query(token_ids, query, lora_name)
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"), [(LogitThreshold(), "LogitThreshold"), (lambda *_: 0, "<lambda>"), (Never(), None)]
+)
+def test_what_looks_at_logits_is_refused_by_name_where_there_are_none(operator, name):
+    llm = speaker(VOCAB, chooser(**EVEN))
+    llm.__class__ = RowsOnly
+    if name is None:
+        assert run(Generator(llm), operator).is_complete
+        return
+    with pytest.raises(RuleRefused, match=f"^{name} cannot be used with RowsOnly: .* take a rule that looks at prob"):
+        run(Generator(llm), operator)
 
 
 def test_drop_compares_with_the_last_token_that_stayed():
@@ -162,7 +187,9 @@ def test_the_first_token_can_be_rejected_and_the_model_sees_the_prompt_once():
     assert len(set(asked_for)) == len(asked_for), "no prefix was computed twice: what was removed costs no forward"
 
 
-@pytest.mark.parametrize("operator", [EntropyThreshold(0.0), ProbabilityMargin(1.0), lambda *_: 1, lambda *_: 3])
+@pytest.mark.parametrize(
+    "operator", [EntropyThreshold(0.0), ProbabilityMargin(1.0), Repetition(1), lambda *_: 1, lambda *_: 3]
+)
 def test_an_operator_that_always_objects_comes_to_an_end(operator):
     outcome = run(generator(**EVEN), operator)
     assert outcome.n_draws < 200
@@ -237,6 +264,38 @@ def test_every_nth_token_only():
     assert outcome.text[2] == outcome.text[5] == "c" and set(outcome.text) != {"c"}
     with pytest.raises(ValueError, match="backtrack_every_n"):
         run(generator(**EVEN), Never(), backtrack_every_n=0)
+
+
+def test_asked_at_every_nth_token_an_operator_has_followed_the_others():
+    """0.3.1 counts tokens as consecutive that were not."""
+    model = generator(otherwise={"a": 1.0}, a={"b": 1.0}, b={"a": 1.0})
+    assert run(model, Repetition(1), backtrack_every_n=2, max_new_tokens=8).n_undos == 0
+    same = generator(otherwise={"a": 0.9, "b": 0.1})
+    outcome = run(same, Repetition(1), backtrack_every_n=2, max_new_tokens=8)
+    assert outcome.n_undos > 0 and all(outcome.text[i] != outcome.text[i + 1] for i in range(0, 8, 2))
+
+
+def test_parts_of_characters_are_told_apart_by_their_bytes():
+    """Decoded alone, both halves are the replacement character, and 0.3.1 takes them for one token twice."""
+    vocab = [b"<p>", "é".encode()[:1], "é".encode()[1:], b"<eos>"]
+    llm = speaker(vocab, lambda text: {vocab[2 if text.endswith(vocab[1]) else 1]: 1.0})
+    outcome = run(Generator(llm), Repetition(1), eos=[3])
+    assert (outcome.text, outcome.n_undos) == ("ééé", 0)
+
+
+def test_the_model_is_asked_for_the_text_as_it_stands():
+    """Before 0.3, what was taken back stayed in the context."""
+    llm = speaker(VOCAB, chooser(**EVEN))
+    outcome = run(Generator(llm), ProbabilityThreshold(0.5))
+    text, stood = [0], {(0,)}
+    for event in outcome.events:
+        if isinstance(event, Token):
+            text.append(event.token_id)
+            stood.add(tuple(text))
+        elif isinstance(event, Retract):
+            del text[len(text) - event.n :]
+    assert outcome.n_undos > 0 and text == [0, *outcome.token_ids]
+    assert set(llm._service.engine.asked) <= stood
 
 
 def test_a_stop_string_that_ends_inside_a_token_is_cut_off():

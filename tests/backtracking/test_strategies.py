@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from genlm_backend.backtracking import (
     DebugStrategy,
     HumanGuidanceStrategy,
     ReplaceStrategy,
+    menu,
 )
+from genlm_backend.errors import BackendUnavailable
 from tests.backtracking.speaker import chooser, speaker
 
 VOCAB = [b"<p>", b"a", b" So", b" But", b" let", b" me", b" Some", b".", b"<eos>", b"</think>", b"So", b" it", b"c"]
@@ -202,6 +205,12 @@ def test_a_person_is_not_asked_about_what_is_certain_and_a_choice_is_the_choice(
     llm = model(otherwise={"a": 0.999, "c": 0.0005, ".": 0.0005})
     assert text_of(llm, HumanGuidanceStrategy(llm, min_autopass=0.9, ask=None), max_new_tokens=3) == "aaa"
     assert text_of(llm, HumanGuidanceStrategy(llm, ask=lambda options, text: 2), max_new_tokens=30) == "." * 30
+
+
+def test_without_curses_only_the_menu_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "curses", None)
+    with pytest.raises(BackendUnavailable, match="windows-curses"):
+        menu.choose_in_terminal([("a", 1.0)], "")
 
 
 # ---- strategies and providers of users

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from html.parser import HTMLParser
 
 from rich.console import Console
@@ -73,7 +74,8 @@ def test_a_page_is_of_its_own_and_nothing_in_it_acts():
     parser = Tags()
     parser.feed(page)
     assert "script" not in parser.names and "&lt;script&gt;" in page
-    assert "genlm-trace" in trace._repr_html_()
+    inline = trace._repr_html_()
+    assert all(rule.startswith(".genlm-trace") for rule in re.findall(r"[^{}<>]+(?={)", inline))
 
 
 def test_a_terminal_is_shown_text_only():

