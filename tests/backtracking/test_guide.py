@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
+from html import unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -133,6 +135,34 @@ async def test_a_language_model_of_noise_stays_a_beginning(
             assert parser.is_viable(result.response) and result.valid == parser.is_valid(result.response)
         chosen = choose_candidate(["river", "island"], "the ", llm)
         assert chosen in ("river", "island")
+
+
+def spans(html: str | None) -> list[tuple[str, str]]:
+    """Kind and text of the spans before the legend."""
+    assert html is not None
+    picture = html.split("</pre>")[0]
+    return [
+        (how, unescape(text)) for how, text in re.findall(r'<span title="([^"]*)"[^>]*>(.*?)</span>', picture, re.S)
+    ]
+
+
+async def test_the_picture_shows_what_was_healed(tiny_tokenizer_512: PreTrainedTokenizerFast) -> None:
+    """What was not taken back is the response; only with healing has some of it other tokens than it had at first."""
+    parser = load_parser("robot")
+    async with MockAsyncLM(tiny_tokenizer_512) as llm:
+        kinds: dict[bool, set[str]] = {}
+        for heals in (True, False):
+            many = [
+                aguide(llm, parser, "x", max_new_tokens=5, seed=i, token_healing=heals, max_grammar_corrections=4)
+                for i in range(8)
+            ]
+            results = await asyncio.gather(*many)
+            for result in results:
+                standing = [text for how, text in spans(result.html) if how != "taken back"]
+                assert "".join(standing) == result.response
+            kinds[heals] = {how for result in results for how, _ in spans(result.html)}
+            assert all("healed</span>" in str(result.html).split("</pre>")[1] for result in results), "in the legend"
+    assert "healed" in kinds[True] and "healed" not in kinds[False]
 
 
 @pytest.fixture
