@@ -201,7 +201,8 @@ async def _correct(
         chosen, kind = await drafter.choose(prompt, prefix, usable), "draft_gen"
     corrected = _joined(prefix, chosen)
     if not chosen or not parser.is_viable(corrected):
-        plain = [candidate.text for candidate in usable if not candidate.is_regex]
+        openings = (parser.opening(candidate) for candidate in usable)  # texts first
+        plain = [text for text in openings if text and parser.is_viable(_joined(prefix, text))]
         if not plain:
             state.replace(prefix, prediction)
             return False

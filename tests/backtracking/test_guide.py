@@ -55,6 +55,13 @@ def test_a_word_in_excess_is_replaced_and_the_rest_put_back() -> None:
     assert result.correction_log[0].type == "draft_gen_middle_fill"
 
 
+def test_a_terminal_is_opened_where_a_function_says_none_of_it() -> None:
+    """Only a string may come, and the function says a number: the quotation mark is written, and it goes on."""
+    parser = load_parser('start: "{" NAME ":" STRING "}"\nNAME: /[a-z]+/\nSTRING: /"[^"]*"/\n')
+    result = guide(Scripted("age:36}", "36", '"}'), parser, "")
+    assert (result.response, result.valid, result.num_grammar_corrections) == ('{age:"36}"}', True, 1)
+
+
 def test_a_single_candidate_needs_no_model() -> None:
     model = Scripted("ab")
     result = guide(model, load_parser('start: "a" ":" "b"'), "")
