@@ -23,6 +23,7 @@ from genlm_backend.errors import InvalidQuery
 Floats = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.int64]
 
+_NUCLEUS = 256  # tokens among which the mass of top-p is sought first
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
@@ -175,7 +176,10 @@ def from_row(
     if not filters.truncates:
         logits = None if log_normalizer is None else (row.astype(np.float64) + log_normalizer) / filters.divisor
         return Distribution(None, row, _normalised(scaled), log_normalizer, kept, logits)
-    token_ids = _best(scaled, filters)
+    if filters.top_p is not None and filters.top_k is None and filters.min_p is None:
+        token_ids, filters = _nucleus(scaled, filters.top_p), Filters()
+    else:
+        token_ids = _best(scaled, filters)
     best = from_best(token_ids, scaled[token_ids], filters._replace(temperature=1.0))
     assert best.token_ids is not None
     logprobs = row[best.token_ids]
@@ -281,6 +285,23 @@ def _best(scaled: Floats, filters: Filters) -> Ids:
         found = np.arange(n)
     ordered: Ids = found[np.lexsort((found, -scaled[found]))].astype(np.int64)
     return ordered
+
+
+def _nucleus(scaled: Floats, top_p: float) -> Ids:
+    """Ids of the fewest most probable tokens that reach a mass, most probable first; without sorting all of them."""
+    masses = np.exp(scaled - scaled.max(), dtype=np.float64)
+    needed = top_p * float(masses.sum())
+    n, k = len(scaled), _NUCLEUS
+    while k < n:
+        found = np.flatnonzero(scaled >= np.partition(scaled, n - k)[n - k])  # all of those that are equal
+        if masses[found].sum() > needed:
+            break
+        k *= 8
+    else:
+        found = np.arange(n)
+    ordered: Ids = found[np.lexsort((found, -scaled[found]))].astype(np.int64)
+    before = np.cumsum(masses[ordered]) - masses[ordered]
+    return ordered[: max(1, int((before < needed).sum()))]
 
 
 def _n_kept(scaled: Floats, filters: Filters) -> int:

@@ -59,7 +59,7 @@ class Guided:
         num_grammar_corrections: How many were made.
         correction_log: Which.
         process_time_seconds: From call to return.
-        html: A picture of what was written, taken back and corrected; None unless asked for.
+        html: A picture of what was written, taken back, corrected and healed; None unless asked for.
     """
 
     response: str
@@ -142,7 +142,8 @@ async def aguide(
         state.write(_only_beginning(parser), "candidate")
     state.trace[:0] = [("seed", seed_str)] if seed_str else []
     for _ in range(max_grammar_corrections + 1):
-        piece, is_over = await writer.write(prompt, state.text, stops)
+        piece, is_over, n_healed = await writer.write(prompt, state.text, stops)
+        state.mark(n_healed, "healed")
         is_done = await _read(state, piece, is_over, parser, prompt, drafter, max_grammar_corrections, verbose)
         if is_done:
             break
@@ -200,7 +201,8 @@ async def _correct(
         chosen, kind = await drafter.choose(prompt, prefix, usable), "draft_gen"
     corrected = _joined(prefix, chosen)
     if not chosen or not parser.is_viable(corrected):
-        plain = [candidate.text for candidate in usable if not candidate.is_regex]
+        openings = (parser.opening(candidate) for candidate in usable)  # texts first
+        plain = [text for text in openings if text and parser.is_viable(_joined(prefix, text))]
         if not plain:
             state.replace(prefix, prediction)
             return False
@@ -249,15 +251,28 @@ class _State:
         if len(prefix) >= len(self.text):
             self.write(prefix[len(self.text) :], "written")
         else:
+            self.mark(len(self.text) - len(prefix), "")
             self.text = prefix
         self.trace.append(("taken back", prediction[len(prefix) :]))
+
+    def mark(self, n: int, how: str) -> None:
+        """The last n characters of the text came to be otherwise; with "" they are no longer part of it."""
+        at = len(self.trace)
+        while n > 0 and at > 0:
+            at -= 1
+            before, piece = self.trace[at]
+            if before != "taken back":
+                cut = max(0, len(piece) - n)
+                n -= len(piece) - cut
+                parts = [(before, piece[:cut]), (how, piece[cut:])]
+                self.trace[at : at + 1] = [(kind, text) for kind, text in parts if kind and text]
 
 
 class _Writer:
     """Writes text after text, and chooses among candidates."""
 
-    async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool]:
-        """A stretch of text, and whether the model ended there."""
+    async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool, int]:
+        """A stretch of text, whether the model ended there, and how many characters before it have other tokens now."""
         raise NotImplementedError
 
     async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
@@ -269,10 +284,10 @@ class _FunctionWriter(_Writer):
     def __init__(self, function: TextFunction) -> None:
         self._function = function
 
-    async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool, int]:
         piece = await continuation(self._function, prompt + text)
         cut = min([piece.find(stop) for stop in stops if stop in piece], default=-1)
-        return (piece, not piece) if cut < 0 else (piece[:cut], True)
+        return (piece, not piece, 0) if cut < 0 else (piece[:cut], True, 0)
 
     async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
         """What the function goes on with if it is a candidate; else the candidate that shares most with it."""
@@ -296,7 +311,7 @@ class _ModelWriter(_Writer):
         self._seed = seed
         self._n_written = 0
 
-    async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool, int]:
         token_ids, healed = self._seam(prompt + text, text)
         self._n_written += 1
         rules = [GrammarRule(Grammar.regex(self._llm, f"{_escaped(healed)}(?s:.*)"))] if healed else []
@@ -312,8 +327,11 @@ class _ModelWriter(_Writer):
             lineage=(self._n_written,),
             **self._filters,
         )
-        piece = outcome.text[len(healed) :] if outcome.text.startswith(healed) else ""
-        return piece, outcome.reason in ("eos", "stop")
+        is_written = outcome.text.startswith(healed)
+        piece = outcome.text[len(healed) :] if is_written else ""
+        before = self._llm.tokenizer.encode(prompt + text)[len(token_ids) :]
+        is_as_before = list(before) == outcome.token_ids[: len(before)]
+        return piece, outcome.reason in ("eos", "stop"), len(healed) if is_written and not is_as_before else 0
 
     async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
         """Greedily, among the texts of all candidates."""
@@ -406,13 +424,26 @@ def _as_tensor(mask: Any) -> Any:
     return torch.from_numpy(mask)
 
 
-_COLOURS = {"written": "#2e7d32", "candidate": "#1565c0", "taken back": "#c62828", "seed": "#6d4c41"}
+_COLOURS = {
+    "written": "#2e7d32",
+    "candidate": "#1565c0",
+    "taken back": "#c62828",
+    "healed": "#b45f06",
+    "seed": "#6d4c41",
+}
 
 
 def _picture(prompt: str, trace: Sequence[tuple[str, str]]) -> str:
-    """Spans in the order of events: green was written, blue corrected, red and struck through taken back."""
+    """Spans in the order of events, and a legend: what was taken back is struck through, where it stood."""
     spans = [f'<span style="color:#757575">{html_text.escape(prompt)}</span>']
-    for how, piece in trace:
-        struck = ";text-decoration:line-through" if how == "taken back" else ""
-        spans.append(f'<span title="{how}" style="color:{_COLOURS[how]}{struck}">{html_text.escape(piece)}</span>')
-    return f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>'
+    spans += [_span(how, piece) for how, piece in trace]
+    legend = " ".join(_span(how, how) for how in _COLOURS)
+    return (
+        f'<pre style="white-space:pre-wrap">{"".join(spans)}</pre>'
+        f'<p style="font:13px system-ui,sans-serif">{legend}</p>'
+    )
+
+
+def _span(how: str, text: str) -> str:
+    struck = ";text-decoration:line-through" if how == "taken back" else ""
+    return f'<span title="{how}" style="color:{_COLOURS[how]}{struck}">{html_text.escape(text)}</span>'

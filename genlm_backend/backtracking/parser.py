@@ -123,6 +123,16 @@ class Parser:
         candidates = {self._candidate(name) for name in names if name not in self._ignored and name in self._terminals}
         return Expected(text[:position], sorted(candidates, key=lambda candidate: (candidate.is_regex, candidate.text)))
 
+    def opening(self, candidate: Candidate) -> str:
+        """What all texts of a candidate begin with: the whole of a keyword; "" if they differ from the start."""
+        if not candidate.is_regex:
+            return candidate.text
+        try:
+            terminal = Grammar.regex(self._bytes, candidate.text, limits=self.limits)
+        except InvalidGrammar:
+            return ""
+        return terminal.forced_bytes(terminal.start()).decode("utf-8", "ignore")
+
     def _candidate(self, name: str) -> Candidate:
         pattern = self._terminals[name]
         return Candidate(pattern.value, pattern.type == "re")

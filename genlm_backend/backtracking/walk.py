@@ -828,7 +828,8 @@ class Walk:
             return await self._drawn_by_engine(ids, name, mask)
         dist = await self._distribution(ids, name, state)
         scores, log_mass = alive_scores(dist, node, mask)
-        if log_mass < _LOG_GONE:
+        # A rest that differences left may be their rounding error; what a mask alone leaves is exact, however little.
+        if log_mass == -math.inf or (log_mass < _LOG_GONE and not node.is_whole):
             return None
         if rule.chooses:
             return await self._chosen(dist, scores, ids, state)

@@ -2,6 +2,7 @@
 
 from genlm_backend.potentials.base import Constraint, Potential
 from genlm_backend.potentials.combinators import Product, Tempered
+from genlm_backend.potentials.context_free import ContextFree
 from genlm_backend.potentials.grammar import Grammar, GrammarVocabulary
 from genlm_backend.potentials.language_model import LanguageModel
 from genlm_backend.potentials.lifting import Lifted
@@ -12,6 +13,7 @@ from genlm_backend.potentials.strings import StringSet
 __all__ = [
     "BytePredicate",
     "Constraint",
+    "ContextFree",
     "Grammar",
     "GrammarVocabulary",
     "LanguageModel",

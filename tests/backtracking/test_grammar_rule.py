@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from genlm_backend.backtracking import walk
+from genlm_backend.backtracking.distribution import Filters, from_row
 from genlm_backend.backtracking.grammar_rule import GrammarRule
 from genlm_backend.errors import InvalidQuery
 from genlm_backend.potentials import StringSet
 from genlm_backend.testing import FakeEngine, fake_language_model
+from tests.backtracking.toy import Toy
 
 pytestmark = pytest.mark.thorough
 
@@ -145,3 +147,31 @@ def test_the_mask_is_what_is_checked() -> None:
         expected = [constraint.allows(here.read, i) for i in range(3)] + [constraint.is_complete(here.read)]
         assert np.array_equal(row, expected)
     llm.close()
+
+
+async def test_a_mask_leaves_what_it_allows_however_improbable() -> None:
+    """The only token allowed has a probability of 1e-16, of 1e-32 at temperature 0.5; top-p leaves it out at first."""
+    toy = Toy([[1 - 1e-16, 1e-16]] * 2, 3, [])
+    rule = GrammarRule(StringSet(toy.model(), [b"\1\1\1"]))
+    settings: list[dict[str, float]] = [
+        {},
+        {"top_p": 0.9},
+        {"temperature": 0.5},
+        {"temperature": 0.5, "top_p": 0.9},
+    ]
+    for filters in settings:
+        outcome = await walk(toy.model(), (0,), rule, max_new_tokens=3, mode="mask", eos=(), seed=1, **filters)
+        assert (outcome.token_ids, outcome.reason) == ([1, 1, 1], "length"), filters
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+def test_a_nucleus_is_the_one_of_all_tokens_sorted(scale: float, top_p: float) -> None:
+    scaled = (np.random.default_rng(0).normal(size=5000).round(2) * scale).astype(np.float32)  # with many equals
+    masses = np.exp(scaled.astype(np.float64))
+    order = np.lexsort((np.arange(5000), -scaled))
+    before = np.cumsum(masses[order]) - masses[order]
+    expected = order[before < top_p * masses.sum()]
+    kept = from_row(scaled, scaled, Filters(top_p=top_p)).token_ids
+    assert kept is not None and abs(len(kept) - len(expected)) <= 1  # of the sums' rounding
+    assert (kept[: len(expected)] == expected[: len(kept)]).all()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
+from html import unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -51,6 +53,13 @@ def test_a_word_in_excess_is_replaced_and_the_rest_put_back() -> None:
     result = guide(Scripted("(1 plus 2)", "+"), load_parser("arithmetic"), "")
     assert (result.response, result.valid) == ("(1 + 2)", True)
     assert result.correction_log[0].type == "draft_gen_middle_fill"
+
+
+def test_a_terminal_is_opened_where_a_function_says_none_of_it() -> None:
+    """Only a string may come, and the function says a number: the quotation mark is written, and it goes on."""
+    parser = load_parser('start: "{" NAME ":" STRING "}"\nNAME: /[a-z]+/\nSTRING: /"[^"]*"/\n')
+    result = guide(Scripted("age:36}", "36", '"}'), parser, "")
+    assert (result.response, result.valid, result.num_grammar_corrections) == ('{age:"36}"}', True, 1)
 
 
 def test_a_single_candidate_needs_no_model() -> None:
@@ -138,6 +147,34 @@ async def test_a_language_model_of_noise_stays_a_beginning(
             assert parser.is_viable(result.response) and result.valid == parser.is_valid(result.response)
         chosen = choose_candidate(["river", "island"], "the ", llm)
         assert chosen in ("river", "island")
+
+
+def spans(html: str | None) -> list[tuple[str, str]]:
+    """Kind and text of the spans before the legend."""
+    assert html is not None
+    picture = html.split("</pre>")[0]
+    return [
+        (how, unescape(text)) for how, text in re.findall(r'<span title="([^"]*)"[^>]*>(.*?)</span>', picture, re.S)
+    ]
+
+
+async def test_the_picture_shows_what_was_healed(tiny_tokenizer_512: PreTrainedTokenizerFast) -> None:
+    """What was not taken back is the response; only with healing has some of it other tokens than it had at first."""
+    parser = load_parser("robot")
+    async with MockAsyncLM(tiny_tokenizer_512) as llm:
+        kinds: dict[bool, set[str]] = {}
+        for heals in (True, False):
+            many = [
+                aguide(llm, parser, "x", max_new_tokens=5, seed=i, token_healing=heals, max_grammar_corrections=4)
+                for i in range(8)
+            ]
+            results = await asyncio.gather(*many)
+            for result in results:
+                standing = [text for how, text in spans(result.html) if how != "taken back"]
+                assert "".join(standing) == result.response
+            kinds[heals] = {how for result in results for how, _ in spans(result.html)}
+            assert all("healed</span>" in str(result.html).split("</pre>")[1] for result in results), "in the legend"
+    assert "healed" in kinds[True] and "healed" not in kinds[False]
 
 
 @pytest.fixture
