@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmark.engines import QUIET_CORES, Patience, Worker, WorkerFailed, _commit, _machine
 from benchmark.environments import CACHE, PeerUnavailable, make_environment, our_python
 from benchmark.json_task import LARK, PROMPT, is_valid
+from benchmark.machine import commit, describe_machine
+from benchmark.workers import QUIET_CORES, Patience, Worker, WorkerFailed
 from benchmark.workloads import Workload
 from genlm_backend.potentials import grammar
 
@@ -106,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     report: dict[str, Any] = {
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
-        "machine": _machine(),
+        "commit": commit(),
+        "machine": describe_machine(),
         "command": f"python -m benchmark.grammars {' '.join(sys.argv[1:] if arguments is None else arguments)}".strip(),
         "model": options.model,
     }
