@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmark.environments import CACHE, PeerUnavailable, make_environment, our_python
-from benchmark.machine import commit, describe_machine, machine_line
+from benchmark.environments import CACHE, PeerUnavailable, make_environment, our_python, our_torch
+from benchmark.machine import commit, describe_machine, machine_line, markdown_table, with_notes
 from benchmark.workers import Patience, Worker, WorkerFailed
 from benchmark.workloads import Cell, make_workload
 
@@ -52,7 +52,7 @@ def backtracking_llm_python(tell: Callable[[str], None]) -> Path:
     Raises:
         PeerUnavailable: It could not be installed.
     """
-    steps = [[_our_torch()], [f"backtracking-llm=={BACKTRACKING_LLM}", "transformers<5"]]
+    steps = [[our_torch()], [f"backtracking-llm=={BACKTRACKING_LLM}", "transformers<5"]]
     return make_environment(f"backtracking-llm-{BACKTRACKING_LLM}", steps, tell)
 
 
@@ -63,7 +63,7 @@ def backtrack_sampler_python(tell: Callable[[str], None]) -> Path:
         PeerUnavailable: It could not be installed.
     """
     transformers = importlib.metadata.version("transformers")
-    steps = [[_our_torch()], [f"backtrack_sampler=={BACKTRACK_SAMPLER}", f"transformers=={transformers}"]]
+    steps = [[our_torch()], [f"backtrack_sampler=={BACKTRACK_SAMPLER}", f"transformers=={transformers}"]]
     return make_environment(f"backtrack-sampler-{BACKTRACK_SAMPLER}", steps, tell)
 
 
@@ -157,9 +157,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The table, for the documentation."""
-    header, rows = _table(report)
-    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
-    return "\n".join([*lines, "", *(f"- {line}" for line in _notes(report))]) + "\n"
+    return with_notes(markdown_table(*_table(report)), _notes(report))
 
 
 def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -194,10 +192,6 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
 
 def _shown(rates: Sequence[float]) -> str:
     return f"{statistics.median(rates):.1f} ({min(rates):.1f} - {max(rates):.1f})"
-
-
-def _our_torch() -> str:
-    return f"torch=={importlib.metadata.version('torch').split('+')[0]}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmark.environments import PeerUnavailable, genlm_python, our_python
-from benchmark.machine import commit, describe_machine, machine_line
+from benchmark.machine import commit, describe_machine, machine_line, markdown_table, with_notes
 from benchmark.workers import QUIET_CORES, Patience, Worker, WorkerFailed, busy_s
 from benchmark.workloads import CELLS, Cell, Workload, make_workload, parse_cells
 
@@ -348,11 +348,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     """The tables, for the documentation."""
     blocks = []
     for title, header, rows in _tables(report):
-        aligned = ["---"] + ["---:"] * (len(header) - 1)
-        lines = ["| " + " | ".join(row) + " |" for row in [header, aligned, *rows]]
-        blocks.append(f"**{title}**\n\n" + "\n".join(lines))
-    blocks.append("\n".join(f"- {line}" for line in _notes(report)))
-    return "\n\n".join(blocks) + "\n"
+        blocks.append(f"**{title}**\n\n{markdown_table(header, rows)}")
+    return with_notes("\n\n".join(blocks), _notes(report))
 
 
 def _tables(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:

@@ -24,15 +24,20 @@ def our_python(tell: Callable[[str], None]) -> Path:
     return Path(sys.executable)
 
 
+def our_torch() -> str:
+    """The requirement that is our torch: first, from the default index and without a local part (+cpu), so that what
+    follows is resolved against it."""
+    return f"torch=={importlib.metadata.version('torch').split('+')[0]}"
+
+
 def genlm_python(tell: Callable[[str], None]) -> Path:
     """The Python of an environment with genlm-backend from PyPI, on our torch and our transformers.
 
     Raises:
         PeerUnavailable: It could not be installed.
     """
-    torch, transformers = (importlib.metadata.version(name) for name in ("torch", "transformers"))
-    # torch first, from the default index and without a local part (+cpu), so that what follows is resolved against it.
-    steps = [[f"torch=={torch.split('+')[0]}"], [f"genlm-backend=={GENLM_VERSION}", f"transformers=={transformers}"]]
+    transformers = importlib.metadata.version("transformers")
+    steps = [[our_torch()], [f"genlm-backend=={GENLM_VERSION}", f"transformers=={transformers}"]]
     return make_environment(f"genlm-backend-{GENLM_VERSION}", steps, tell)
 
 

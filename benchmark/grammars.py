@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmark.environments import CACHE, PeerUnavailable, make_environment, our_python
+from benchmark.environments import CACHE, PeerUnavailable, make_environment, our_python, our_torch
 from benchmark.json_task import LARK, PROMPT, is_valid
-from benchmark.machine import commit, describe_machine
+from benchmark.machine import commit, describe_machine, machine_line, markdown_table, with_notes
 from benchmark.workers import QUIET_CORES, Patience, Worker, WorkerFailed
 from benchmark.workloads import Workload
 from genlm_backend.potentials import grammar
@@ -77,7 +77,7 @@ def transformers_cfg_python(tell: Callable[[str], None]) -> Path:
     Raises:
         PeerUnavailable: It could not be installed.
     """
-    steps = [[_our_torch()], [f"transformers-cfg=={TRANSFORMERS_CFG}", "transformers<5"]]
+    steps = [[our_torch()], [f"transformers-cfg=={TRANSFORMERS_CFG}", "transformers<5"]]
     return make_environment(f"transformers-cfg-{TRANSFORMERS_CFG}", steps, tell)
 
 
@@ -88,7 +88,7 @@ def grammar_guide_python(tell: Callable[[str], None]) -> Path:
         PeerUnavailable: It could not be installed.
     """
     packages = [f"grammar-guide=={GRAMMAR_GUIDE}", "guidance==0.1.16", "transformers==4.45.2", "numpy==1.26.4"]
-    return make_environment(f"grammar-guide-{GRAMMAR_GUIDE}", [[_our_torch()], packages], tell)
+    return make_environment(f"grammar-guide-{GRAMMAR_GUIDE}", [[our_torch()], packages], tell)
 
 
 KINDS = {
@@ -268,7 +268,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         *(f"{KINDS[name].title} was not measured: {reason}" for name, reason in report["unavailable"].items()),
         f"command: `{report['command']}`",
     ]
-    return _as_markdown(*_lines(report), notes)
+    return with_notes(markdown_table(*_lines(report)), notes)
 
 
 # ---- masks
@@ -369,7 +369,7 @@ def masks_to_markdown(report: dict[str, Any]) -> str:
         f"{report['python_runs']:.0%} of what it counts alone",
         f"command: `{report['command']}`",
     ]
-    return _as_markdown(*_mask_lines(report), notes)
+    return with_notes(markdown_table(*_mask_lines(report)), notes)
 
 
 # ---- showing it
@@ -384,21 +384,9 @@ def _as_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]])
     return table
 
 
-def _as_markdown(header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\n" + "\n".join(f"- {n}" for n in notes) + "\n"
-
-
 def _of_machine(report: dict[str, Any]) -> str:
-    machine, commit = report["machine"], report["commit"]
-    changed = " with changes" if commit["has_changes"] else ""
-    return (
-        f"{machine['processor']}, {machine['cores']} cores; {report['time_utc']}; commit {commit['id'][:12]}{changed}"
-    )
-
-
-def _our_torch() -> str:
-    return f"torch=={importlib.metadata.version('torch').split('+')[0]}"
+    changed = " with changes" if report["commit"]["has_changes"] else ""
+    return f"{machine_line(report['machine'])}; {report['time_utc']}; commit {report['commit']['id'][:12]}{changed}"
 
 
 def _parser() -> argparse.ArgumentParser:

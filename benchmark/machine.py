@@ -1,10 +1,11 @@
-"""What a benchmark ran on: the machine and the commit, as data and as a line to read."""
+"""What a benchmark ran on, the machine and the commit, and its table as Markdown."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,14 @@ def machine_line(machine: dict[str, Any]) -> str:
         f"{machine['processor']}, {machine['cores']} cores, bfloat16 in hardware: "
         f"{', '.join(machine['bfloat16']) or 'no'}, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}"
     )
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table for the documentation: the first column names its row, the others hold numbers."""
+    aligned = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, aligned, *rows])
+
+
+def with_notes(table: str, notes: Iterable[str]) -> str:
+    """The table and a list of what one has to know about it."""
+    return table + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"

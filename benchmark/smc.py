@@ -19,7 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from benchmark.environments import CACHE, ROOT, PeerUnavailable, make_environment
-from benchmark.machine import commit, describe_machine, machine_line
+from benchmark.environments import CACHE, ROOT, PeerUnavailable, make_environment, our_torch
+from benchmark.machine import commit, describe_machine, machine_line, markdown_table, with_notes
 from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEX, SCHEMA
 
 OURS, PEER = "ours", "genlm-control"
@@ -92,7 +92,7 @@ def main() -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     rows = list(_rows(cells, runs))
-    print("\n".join(_markdown(rows, report)))
+    print(with_notes(markdown_table(rows[0], rows[1:]), _notes(report)), end="")
     return 1 if failures else 0
 
 
@@ -192,8 +192,7 @@ def _peer_python(given: Path | None, console: Console) -> Path:
         return given
     lines = (ROOT / "requirements" / "ecosystem.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    torch = version("torch").split("+")[0]
-    return make_environment("ecosystem", [[f"torch=={torch}"], pins], lambda text: console.print(f"{text} ..."))
+    return make_environment("ecosystem", [[our_torch()], pins], lambda text: console.print(f"{text} ..."))
 
 
 def _run_peer(
@@ -214,7 +213,7 @@ def _run_peer(
 # ---- showing it
 
 
-def _rows(cells: list[Cell], runs: dict[tuple[str, Cell], list[Run]]) -> Any:
+def _rows(cells: list[Cell], runs: dict[tuple[str, Cell], list[Run]]) -> Iterator[tuple[str, ...]]:
     yield (
         "",
         "particle-tokens per second",
@@ -254,15 +253,10 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.1f} ({min(values):.1f} - {max(values):.1f})"
 
 
-def _markdown(rows: list[Any], report: dict[str, Any]) -> Any:
-    yield "| " + " | ".join(rows[0]) + " |"
-    yield "| --- |" + " ---: |" * (len(rows[0]) - 1)
-    for row in rows[1:]:
-        yield "| " + " | ".join(row) + " |"
-    yield ""
-    yield "- " + ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    yield f"- {machine_line(report['machine'])}; {report['threads']} threads; commit {report['commit']['id'][:12]}"
-    yield f"- command: {report['command']}"
+def _notes(report: dict[str, Any]) -> Iterator[str]:
+    yield ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    yield f"{machine_line(report['machine'])}; {report['threads']} threads each; commit {report['commit']['id'][:12]}"
+    yield f"command: {report['command']}"
 
 
 def _parser() -> argparse.ArgumentParser:
