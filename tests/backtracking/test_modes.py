@@ -66,8 +66,8 @@ def test_each_mode_samples_from_its_law_on_the_big_toy(mode: str, big_laws: dict
 def test_exact_is_the_conditional_on_the_big_toy(big_laws: dict[str, toy.Law]) -> None:
     """What masks the last token must fail the same check."""
     law = big_laws["exact"]
-    assert total_variation(BIG.counts("exact", 700, overlay=Overlay()), law) < bound(law, 700)
-    assert total_variation(BIG.counts("mask", 700), law) > bound(law, 700)
+    assert total_variation(BIG.counts("exact", 1_600, overlay=Overlay()), law) < bound(law, 1_600)
+    assert total_variation(BIG.counts("mask", 1_600), law) > bound(law, 1_600)
 
 
 def test_a_shared_overlay_stays_exact_and_saves_draws() -> None:
