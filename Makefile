@@ -28,7 +28,7 @@ help:  ## this list
 	@echo "make test       check, the tests on the real model, and the strict build of the documentation"
 	@echo "make test-all   the slow tests; all with the newest transformers, vLLM's with its oldest; genlm-control's own"
 	@echo "make ecosystem  the first programs of genlm-control, genlm-bytes and llamppl, on this backend"
-	@echo "make bench      the benchmark, side by side with its peers, each in its own environment"
+	@echo "make bench      the benchmarks, beside their peers, each in its own environment; an hour or two"
 	@echo "make figures    the figures of the documentation, from the benchmark's results"
 	@echo "make docs       the documentation, in site/"
 	@echo "make clean      remove what tools left; make distclean also removes the environments"
@@ -77,7 +77,11 @@ ecosystem-own: $(ECOSYSTEM)/.stamp
 
 bench: $(VENV)/.stamp-demo
 	$(BIN)/python -m benchmark.engines
+	$(BIN)/python -m benchmark.engines --peers ours_vllm,vllm_generate,vllm_fresh --cells 10x3,10x256,50x3,50x256
 	$(BIN)/python -m benchmark.tries
+	$(BIN)/python -m benchmark.backtracking
+	$(BIN)/python -m benchmark.grammars
+	$(BIN)/python -m benchmark.smc
 
 figures: $(VENV)/.stamp-demo
 	$(BIN)/python -m benchmark.figures

@@ -187,8 +187,8 @@ def test_a_person_chooses_in_a_terminal(model):
 def test_an_answer_is_interrupted_without_losing_the_conversation(model, tmp_path):
     saved = tmp_path / "talk.json"
     terminal = Terminal(
-        "-m", "genlm_backend.cli", "chat", model, "--backend", "mock", "--max-new-tokens", "1000000", "--top-k", "0"
-    )
+        "-m", "genlm_backend.cli", "chat", model, *MOCK, "--max-new-tokens", "1000000", "--top-k", "0"
+    )  # with a seed whose answer is long
     terminal.wait_for("> ")
     terminal.type("hello\r")
     n = len(terminal.screen)
