@@ -272,7 +272,8 @@ class TestProcess:
         time.sleep(after_s)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
-        assert process.returncode == 130, err
+        # Python kills itself with the signal, which a shell tells as 130 too, where it came within an `exec` of text.
+        assert process.returncode in (130, -signal.SIGINT), err
         assert "Traceback" not in err
 
     @pytest.mark.model
