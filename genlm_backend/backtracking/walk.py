@@ -781,7 +781,10 @@ class Walk:
             self._accepts_all = True
             self._root = tree.WHOLE
             return []
-        if self._set.weigh and reason == "dead end":
+        if not self._set.weigh:
+            told = "a walk ended by %s after %d draws and %d rollbacks; its text is the longest that the rules accepted"
+            logger.warning(told, reason, self.n_draws, self.n_undos)
+        elif reason == "dead end":
             self._log_weight = -math.inf
         return self._to_best() + self._ended(reason, 0)
 

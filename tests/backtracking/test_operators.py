@@ -357,6 +357,13 @@ def test_each_rollback_is_one_info_record(caplog):
     assert "ProbabilityThreshold" in caplog.records[0].getMessage()
 
 
+def test_a_walk_that_gives_up_warns_once_and_says_why(caplog):
+    with caplog.at_level(logging.WARNING, "genlm_backend.backtracking"):
+        outcome = run(generator(**EVEN), lambda *_: 1)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and outcome.text == ""
+    assert f"ended by {outcome.reason} after {outcome.n_draws} draws" in caplog.records[0].getMessage()
+
+
 def test_a_session_steps_takes_back_and_goes_on():
     session = GenerationSession(speaker(VOCAB, chooser(**EVEN)), prompt=[0], max_new_tokens=3, seed=0, top_k=2)
     results = [session.step() for _ in range(3)]
