@@ -45,7 +45,8 @@ def load_model(name: str, device: str | None, options: dict[str, Any]) -> Any:
     Args:
         name: As in `load_tokenizer`.
         device: "cpu", "cuda", "cuda:1", "mps"; None takes the best there is, unless `options` has a device_map.
-        options: For `AutoModelForCausalLM.from_pretrained`; `dtype` is the checkpoint's own unless given.
+        options: For `AutoModelForCausalLM.from_pretrained`; `dtype` "auto" is the checkpoint's own, which is the
+            default too, except on a CPU without fast products in 16 bits: there it is float32.
 
     Raises:
         ModelNotFound, RemoteCodeRefused: As in `load_tokenizer`.
@@ -56,7 +57,8 @@ def load_model(name: str, device: str | None, options: dict[str, Any]) -> Any:
 
     where = resolve_model(name)
     options = {"use_safetensors": True, "trust_remote_code": False} | options
-    options["dtype"] = options.pop("torch_dtype", None) or options.get("dtype", "auto")
+    dtype = options.pop("torch_dtype", None) or options.get("dtype")
+    options["dtype"] = dtype or "auto"
     if options["use_safetensors"] and isinstance(where, Path) and _has_only_pickles(where):
         raise UnsafeWeights(name)
     names = ("trust_remote_code", "revision", "token", "subfolder", "cache_dir", "local_files_only")
@@ -71,7 +73,21 @@ def load_model(name: str, device: str | None, options: dict[str, Any]) -> Any:
     model: Any = _named(name, lambda: AutoModelForCausalLM.from_pretrained(where, **options))
     if "device_map" not in options:
         model.to(torch.device(device or best_device()))
+        if dtype is None and "quantization_config" not in options and model.device.type == "cpu":
+            _widen(model)
     return model.eval()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN has fast bfloat16 products for this CPU (AVX-512 on x86); else float32 is faster in batches."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _widen(model: Any) -> None:
+    """A model all in 16 bits becomes float32 where these are slow."""
+    is_narrow = {weight.dtype for weight in model.parameters()} <= {torch.bfloat16, torch.float16}
+    if is_narrow and not multiplies_bfloat16():
+        model.float()
 
 
 def best_device() -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from genlm_backend.llm.loading import multiplies_bfloat16
+
 ROWS_HINT = 32  # the batch the packing is made for; other sizes work
 
 
@@ -34,7 +36,7 @@ def pack_linears(model: Any) -> Replaced:
     Returns:
         What was replaced, for `unpack_linears`; drop it to free the original weights. Empty where this is no gain.
     """
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not multiplies_bfloat16():
         return []
     replaced: Replaced = []
     packed: dict[int, PackedLinear] = {}

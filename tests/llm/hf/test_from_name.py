@@ -16,10 +16,11 @@ from genlm_backend.errors import ModelNotFound, RemoteCodeRefused, UnsafeWeights
 from genlm_backend.llm import AsyncTransformer, load_model_by_name
 from genlm_backend.llm.hf.linear import PackedLinear, pack_linears
 from genlm_backend.llm.hf.self_test import difference
+from genlm_backend.llm.loading import multiplies_bfloat16
 from tests.llm.hf.walks import TINY_NATS, plain_row, random_ids, small
 
 PROMPT = random_ids(random.Random(4), 12)
-HAS_PACKED_LINEAR = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_PACKED_LINEAR = multiplies_bfloat16()
 
 
 class Canary:
@@ -74,6 +75,22 @@ def test_the_type_is_the_checkpoints_own_unless_given(hf_opts: Any, dtype: torch
     assert llm.model.dtype == dtype
     assert hf_opts is None or set(hf_opts) <= {"dtype", "torch_dtype"}
     llm.close()
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_sixteen_bits_are_widened_where_they_are_slow_unless_asked_for(
+    is_fast: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genlm_backend.llm.loading.multiplies_bfloat16", lambda: is_fast)
+    small("llama", torch.bfloat16).save_pretrained(folder)
+    for hf_opts, dtype in [
+        (None, torch.bfloat16 if is_fast else torch.float32),
+        ({"dtype": "auto"}, torch.bfloat16),
+        ({"dtype": torch.bfloat16}, torch.bfloat16),
+    ]:
+        llm = AsyncTransformer.from_name(str(folder), hf_opts=hf_opts, device="cpu")
+        assert {weight.dtype for weight in llm.model.parameters()} == {dtype}
+        llm.close()
 
 
 async def test_a_model_of_our_own_is_faster_and_still_the_same_model(folder: Path) -> None:
