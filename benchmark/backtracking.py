@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmark.environments import CACHE, PeerUnavailable, make_environment, our_python, our_torch
-from benchmark.machine import commit, describe_machine, machine_line, markdown_table, with_notes
+from benchmark.machine import commit, describe_machine, dtype, machine_line, markdown_table, with_notes
 from benchmark.workers import Patience, Worker, WorkerFailed
 from benchmark.workloads import Cell, make_workload
 
@@ -183,7 +183,7 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     machine = machine_line(report["machine"])
     yield f"{machine}; {options['threads']} threads each; commit {report['commit']['id'][:12]}{changed}"
     yield (
-        f"{options['model']}, bfloat16, prompt of {N_PROMPT} tokens, {options['steps']} tokens committed by each walk; "
+        f"{options['model']}, {dtype()}, prompt of {N_PROMPT} tokens, {options['steps']} tokens committed by each; "
         f"{options['repeats']} rounds after one that warms up, all in turn; forwards, drawn and rollbacks are ours, of "
         "the last round"
     )

@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmark.environments import PeerUnavailable, genlm_python, our_python
-from benchmark.machine import commit, describe_machine, machine_line, markdown_table, with_notes
+from benchmark.machine import commit, describe_machine, dtype, machine_line, markdown_table, with_notes
 from benchmark.workers import QUIET_CORES, Patience, Worker, WorkerFailed, busy_s
 from benchmark.workloads import CELLS, Cell, Workload, make_workload, parse_cells
 
@@ -289,7 +289,7 @@ def make_report(options: argparse.Namespace, measured: Measured, started: dict[s
             "seed": options.seed,
             "threads": options.threads,
             "openmp": {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ},
-            "dtype": "bfloat16",
+            "dtype": dtype(),
         },
         "peers": {name: {"title": KINDS[name].title} | ready for name, ready in measured.ready.items()},
         "unavailable": measured.unavailable,

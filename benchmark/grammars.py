@@ -3,7 +3,7 @@
 The task is the benchmark that speculative-grammar-backtracking published: an object with exactly ten pairs of strings,
 from SmolLM2. Counted are the tokens of the responses per second, one at a time and sixteen, and how many responses
 parse as JSON and are such an object. Everyone draws with the same temperature and nucleus from the same model in
-bfloat16, in turn, round after round, each in a process of its own; the first round warms up. Drawn, not greedy as it
+one type, in turn, round after round, each in a process of its own; the first round warms up. Drawn, not greedy as it
 was published, because sixteen greedy texts are one text; with strings of bounded length, because otherwise no way to
 write them can promise an end.
 """
@@ -29,7 +29,7 @@ from rich.text import Text
 
 from benchmark.environments import CACHE, PeerUnavailable, make_environment, our_python, our_torch
 from benchmark.json_task import LARK, PROMPT, is_valid
-from benchmark.machine import commit, describe_machine, machine_line, markdown_table, with_notes
+from benchmark.machine import commit, describe_machine, dtype, machine_line, markdown_table, with_notes
 from benchmark.workers import QUIET_CORES, Patience, Worker, WorkerFailed
 from benchmark.workloads import Workload
 from genlm_backend.potentials import grammar
@@ -260,7 +260,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         for name, ready in report["ready"].items()
     )
     notes = [
-        f"{_of_machine(report)}; {report['threads']} threads each; {report['model']}, bfloat16; "
+        f"{_of_machine(report)}; {report['threads']} threads each; {report['model']}, {dtype()}; "
         f"{report['repeats']} rounds after one that warms up: median (smallest - largest)",
         versions,
         "grammar-guide and the naive row write one text after another, as they have no more; transformers-cfg writes "

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from benchmark.environments import ROOT
+from genlm_backend.llm.loading import multiplies_bfloat16
 
 
 def commit() -> dict[str, Any]:
@@ -40,6 +41,14 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def dtype() -> str:
+    """What every peer computes in: bfloat16 where the processor multiplies it fast, else float32, as is best for all.
+
+    The environment variable BENCHMARK_DTYPE decides otherwise.
+    """
+    return os.environ.get("BENCHMARK_DTYPE") or ("bfloat16" if multiplies_bfloat16() else "float32")
 
 
 def machine_line(machine: dict[str, Any]) -> str:

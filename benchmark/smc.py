@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from benchmark.environments import CACHE, ROOT, PeerUnavailable, make_environment, our_torch
-from benchmark.machine import commit, describe_machine, machine_line, markdown_table, with_notes
+from benchmark.machine import commit, describe_machine, dtype, machine_line, markdown_table, with_notes
 from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEX, SCHEMA
 
 OURS, PEER = "ours", "genlm-control"
@@ -81,6 +81,7 @@ def main() -> int:
         "machine": describe_machine(),
         "commit": commit(),
         "threads": options.threads,
+        "dtype": dtype(),
         "versions": versions,
         "failures": failures,
         "runs": [
@@ -142,7 +143,7 @@ class _Ours:
 
         torch.set_num_threads(n_threads)
         sampling.prepare()
-        async with load_model_by_name("smollm2") as llm:
+        async with load_model_by_name("smollm2", llm_opts={"hf_opts": {"dtype": dtype()}}) as llm:
             ours = cls(llm)
             await ours.run(Cell("regex", 2), seed=99)
             yield ours
@@ -201,7 +202,7 @@ def _run_peer(
     """One run in a process of its own, which has loaded the model before its clock starts."""
     arguments = [folder, cell.constraint, cell.n_particles, seed, options.limit, options.threads]
     command = [str(python), "-m", "benchmark.peers.control_smc", *map(str, arguments)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "BENCHMARK_DTYPE": dtype()}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     if done.returncode:
         raise PeerUnavailable((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
@@ -255,7 +256,8 @@ def _spread(values: list[float]) -> str:
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:
     yield ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    yield f"{machine_line(report['machine'])}; {report['threads']} threads each; commit {report['commit']['id'][:12]}"
+    threads, commit_id = report["threads"], report["commit"]["id"][:12]
+    yield f"{machine_line(report['machine'])}; {threads} threads each; {report['dtype']}; commit {commit_id}"
     yield f"command: {report['command']}"
 
 

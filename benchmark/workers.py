@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from benchmark.environments import CACHE, ROOT
+from benchmark.machine import dtype
 from benchmark.workloads import Workload
 
 QUIET_CORES = 0.2  # more than this, busy with anything else, disturbs a run; the housekeeping of a machine is below
@@ -54,7 +55,7 @@ class Worker:
                 text=True,
                 cwd=ROOT,
                 start_new_session=True,  # Ctrl-C is for the driver, which ends its workers
-                env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(n_threads)},
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(n_threads), "BENCHMARK_DTYPE": dtype()},
             )
         self.ready = self._receive()
 

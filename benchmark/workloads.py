@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+DTYPE = os.environ.get("BENCHMARK_DTYPE", "bfloat16")  # of every peer; workers are told by `benchmark.machine.dtype`
 
 # English of more than 256 tokens; repeated where a prompt is longer. What the tokens are hardly matters to the speed,
 # but how peaked the rows are does: natural text makes them as they are in use.
@@ -38,7 +41,7 @@ CELLS = (Cell(1, 3), Cell(10, 3), Cell(10, 256), Cell(50, 3), Cell(50, 256))
 
 # The same engine for each peer on vLLM: what `AsyncVirtualLM` takes on a CPU where nothing is said.
 VLLM_OPTIONS: dict[str, Any] = {
-    "dtype": "bfloat16",
+    "dtype": DTYPE,
     "enforce_eager": True,
     "block_size": 32,
     "max_num_seqs": 256,

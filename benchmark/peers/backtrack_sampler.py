@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmark.peers.walks import PHRASES, TOP_K
 from benchmark.worker import Peer, Timing, serve
-from benchmark.workloads import Workload
+from benchmark.workloads import DTYPE, Workload
 
 
 class Provider(TransformersProvider):
@@ -22,7 +22,7 @@ class Provider(TransformersProvider):
 
 class Sampler(Peer):
     def __init__(self, model_path: str) -> None:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, DTYPE)).eval()
         model.generation_config.eos_token_id = None
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         tokenizer.pad_token_id = 0

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmark.peers.walks import MIN_PROBABILITY, TOP_K
 from benchmark.worker import Peer, Timing, serve
-from benchmark.workloads import Workload
+from benchmark.workloads import DTYPE, Workload
 
 
 class BacktrackingLlm(Peer):
     def __init__(self, model_path: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=torch.bfloat16).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=getattr(torch, DTYPE)).eval()
         # The folder was written by transformers 5, whose tokenizer class transformers 4 does not know by name.
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
         self.tokenizer.eos_token = None  # no walk ends earlier than the others

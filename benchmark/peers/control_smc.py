@@ -19,6 +19,7 @@ from genlm.backend import load_model_by_name
 from genlm.control import AWRS, BoolFSA, JsonSchema, PromptedLLM
 
 from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEX, SCHEMA
+from benchmark.workloads import DTYPE
 
 n_sampled = 0
 
@@ -36,7 +37,8 @@ class Counted(AWRS):  # type: ignore[misc]
 async def main(folder: str, workload: str, n_particles: int, seed: int, limit_s: float) -> None:
     np.random.seed(seed)  # noqa: NPY002  (the peer resamples with the global generator)
     torch.manual_seed(seed)
-    backend = load_model_by_name(folder, backend="hf", llm_opts={"timeout": 0.001, "batch_size": n_particles})
+    options = {"timeout": 0.001, "batch_size": n_particles, "hf_opts": {"torch_dtype": DTYPE}}
+    backend = load_model_by_name(folder, backend="hf", llm_opts=options)
     prompted = PromptedLLM(backend)
     prompted.set_prompt_from_str(PROMPTS[workload])
     potential = BoolFSA.from_regex(REGEX) if workload == "regex" else JsonSchema(SCHEMA)

@@ -8,12 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from benchmark.worker import Peer, Timing, serve
-from benchmark.workloads import Workload
+from benchmark.workloads import DTYPE, Workload
 
 
 class Generate(Peer):
     def __init__(self, model_path: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16, use_safetensors=True).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, DTYPE), use_safetensors=True
+        ).eval()
 
     def clear(self) -> None:
         pass  # nothing is kept from one call to the next

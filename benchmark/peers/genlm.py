@@ -14,14 +14,16 @@ import torch
 from genlm.backend import load_model_by_name
 
 from benchmark.worker import Peer, Timing, grow, serve
-from benchmark.workloads import Workload
+from benchmark.workloads import DTYPE, Workload
 
 LONG_PROMPT = 16  # tokens; for 3 tokens `cache_kv` costs more than it saves
 
 
 class Genlm(Peer):
     def __init__(self, model_path: str) -> None:
-        self.llm = load_model_by_name(model_path, backend="hf", llm_opts={"timeout": 0.001})
+        self.llm = load_model_by_name(
+            model_path, backend="hf", llm_opts={"timeout": 0.001, "hf_opts": {"torch_dtype": DTYPE}}
+        )
 
     def clear(self) -> None:
         self.llm.clear_cache()

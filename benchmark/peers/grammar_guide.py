@@ -13,12 +13,12 @@ from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from benchmark.json_task import LARK, LOOKAHEAD, MAX_CORRECTIONS, TEMPERATURE, TOP_P
 from benchmark.worker import Peer, Timing, serve
-from benchmark.workloads import Workload
+from benchmark.workloads import DTYPE, Workload
 
 
 class GrammarGuide(Peer):
     def __init__(self, model_path: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=torch.bfloat16).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=getattr(torch, DTYPE)).eval()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
         # guidance asks the hub for GPT-2's tokenizer unless this is there
         self.tokenizer.byte_decoder = {character: byte for byte, character in bytes_to_unicode().items()}

@@ -8,14 +8,16 @@ import time
 import genlm_backend
 from benchmark.json_task import BOUNDED_LARK, LARK, TEMPERATURE, TOP_P
 from benchmark.worker import Peer, Timing, serve
-from benchmark.workloads import Workload
+from benchmark.workloads import DTYPE, Workload
 from genlm_backend.backtracking import GrammarRule, load_parser, walk
 from genlm_backend.potentials import Grammar
 
 
 class GrammarWalk(Peer):
     def __init__(self, model_path: str) -> None:
-        self.llm = genlm_backend.load_model_by_name(model_path, backend="hf", llm_opts={"device": "cpu"})
+        self.llm = genlm_backend.load_model_by_name(
+            model_path, backend="hf", llm_opts={"device": "cpu", "hf_opts": {"dtype": DTYPE}}
+        )
         self.parser = load_parser(LARK)
         self.constraint = Grammar.lark(self.llm, BOUNDED_LARK)
 

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import genlm_backend
 from benchmark.json_task import LARK, LOOKAHEAD, MAX_CORRECTIONS, TEMPERATURE, TOP_P
 from benchmark.worker import Peer, Timing, serve
-from benchmark.workloads import Workload
+from benchmark.workloads import DTYPE, Workload
 from genlm_backend.backtracking import guide, load_parser
 
 
 class NaiveGuide(Peer):
     def __init__(self, model_path: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, DTYPE)).eval()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
         self.parser = load_parser(LARK)
 

@@ -7,14 +7,16 @@ import time
 
 import genlm_backend
 from benchmark.worker import Peer, Timing, grow, serve
-from benchmark.workloads import Workload
+from benchmark.workloads import DTYPE, Workload
 from genlm_backend.llm import Draw
 from genlm_backend.sampling import draw_key
 
 
 class Ours(Peer):
     def __init__(self, model_path: str) -> None:
-        self.llm = genlm_backend.load_model_by_name(model_path, backend="hf", llm_opts={"device": "cpu"})
+        self.llm = genlm_backend.load_model_by_name(
+            model_path, backend="hf", llm_opts={"device": "cpu", "hf_opts": {"dtype": DTYPE}}
+        )
 
     def clear(self) -> None:
         self.llm.clear_cache()

@@ -13,12 +13,12 @@ from transformers_cfg.grammar_utils import IncrementalGrammarConstraint
 
 from benchmark.json_task import EBNF, TEMPERATURE, TOP_P
 from benchmark.worker import Peer, Timing, serve
-from benchmark.workloads import Workload
+from benchmark.workloads import DTYPE, Workload
 
 
 class TransformersCfg(Peer):
     def __init__(self, model_path: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, DTYPE)).eval()
         # It tells tokenizers apart by their class, loads them again by their path, and this class reads this model's.
         with tempfile.TemporaryDirectory() as folder:
             GPT2TokenizerFast.from_pretrained(model_path).save_pretrained(folder)

@@ -8,13 +8,15 @@ import time
 import genlm_backend
 from benchmark.peers.walks import MIN_PROBABILITY, TOP_K
 from benchmark.worker import Peer, Timing, serve
-from benchmark.workloads import Workload
+from benchmark.workloads import DTYPE, Workload
 from genlm_backend.backtracking import Generator, ProbabilityThreshold
 
 
 class WalksOperator(Peer):
     def __init__(self, model_path: str) -> None:
-        self.llm = genlm_backend.load_model_by_name(model_path, backend="hf", llm_opts={"device": "cpu"})
+        self.llm = genlm_backend.load_model_by_name(
+            model_path, backend="hf", llm_opts={"device": "cpu", "hf_opts": {"dtype": DTYPE}}
+        )
 
     def clear(self) -> None:
         self.llm.clear_cache()
