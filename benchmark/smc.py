@@ -232,7 +232,8 @@ def _rows(cells: list[Cell], runs: dict[tuple[str, Cell], list[Run]]) -> Iterato
             if name == OURS:
                 overhead = f"{statistics.median(run.overhead or 0.0 for run in found):.1%}"
                 if peers := runs.get((PEER, cell)):
-                    ratio = _spread([a.rate / b.rate if b.rate else math.inf for a, b in zip(found, peers, strict=False)])
+                    pairs = zip(found, peers, strict=False)
+                    ratio = _spread([a.rate / b.rate if b.rate else math.inf for a, b in pairs])
             stopped = any(run.tokens is None for run in found)
             complete = ["stopped" if run.complete is None else str(run.complete) for run in found]
             rate = ("at most " if stopped else "") + _spread([run.rate for run in found])

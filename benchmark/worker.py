@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+import sysconfig
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -20,6 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from benchmark.workloads import Workload, from_json
+
+
+def installed_version(name: str) -> str:
+    """Of what is installed in this environment: the folder that it runs in has a genlm-backend of its own."""
+    (found,) = importlib.metadata.distributions(name=name, path=[sysconfig.get_path("purelib")])
+    return found.version
 
 
 class Timing(NamedTuple):

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import sysconfig
 import time
-from importlib.metadata import distributions
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from genlm.backend import load_model_by_name
 from genlm.control import AWRS, BoolFSA, JsonSchema, PromptedLLM
 
 from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEX, SCHEMA
+from benchmark.worker import installed_version
 from benchmark.workloads import DTYPE
 
 n_sampled = 0
@@ -59,9 +58,8 @@ async def main(folder: str, workload: str, n_particles: int, seed: int, limit_s:
     except TimeoutError:
         pass
     found |= {"seconds": time.perf_counter() - started, "sampled": n_sampled}
-    # Only what is installed: the folder it runs in has a genlm-backend of its own.
-    installed = {each.name: each.version for each in distributions(path=[sysconfig.get_path("purelib")])}
-    found["versions"] = {name: installed[name] for name in ("genlm-control", "genlm-backend", "torch", "transformers")}
+    names = ("genlm-control", "genlm-backend", "torch", "transformers")
+    found["versions"] = {name: installed_version(name) for name in names}
     print(json.dumps(found))
 
 

@@ -7,13 +7,12 @@ A batch is full as soon as every particle has asked, so its timeout never passes
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import time
 
 import torch
 from genlm.backend import load_model_by_name
 
-from benchmark.worker import Peer, Timing, grow, serve
+from benchmark.worker import Peer, Timing, grow, installed_version, serve
 from benchmark.workloads import DTYPE, Workload
 
 LONG_PROMPT = 16  # tokens; for 3 tokens `cache_kv` costs more than it saves
@@ -51,7 +50,7 @@ class Genlm(Peer):
         return Timing(first - started, end - started, n_tokens, draw_s)
 
     def version(self) -> str:
-        return importlib.metadata.version("genlm-backend")
+        return installed_version("genlm-backend")
 
 
 if __name__ == "__main__":
