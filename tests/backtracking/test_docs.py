@@ -7,7 +7,6 @@ import asyncio
 import difflib
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import genlm_backend
 from genlm_backend.backtracking import generator
 from genlm_backend.llm import MockAsyncLM
+from tests.pages import page_environment
 
 DOCS = Path(__file__).parents[2] / "docs" / "backtracking"
 
@@ -27,8 +27,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "backtracking"
 @pytest.mark.timeout(600)
 def test_the_notebook_runs_as_shown(smollm2_path, tmp_path):
     """Nine lines in ten: rows differ by 2e-5 between machines, and a draw may be another token."""
-    root = DOCS.parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    environment = page_environment(tmp_path)
     command = [sys.executable, str(DOCS / "make_notebook.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
