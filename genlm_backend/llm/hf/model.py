@@ -78,8 +78,8 @@ class AsyncTransformer(AsyncLM):
         Args:
             model_id: 'smollm2', a Hugging Face id, a local folder, or a `.gguf` path.
             bitsandbytes_opts: Options of `transformers.BitsAndBytesConfig`.
-            hf_opts: Options of `AutoModelForCausalLM.from_pretrained`, such as `revision` or `dtype`. Without a `dtype`,
-                16 bits become float32 on a CPU that multiplies them slowly; "auto" keeps the checkpoint's own.
+            hf_opts: Options of `AutoModelForCausalLM.from_pretrained`, such as `revision` or `dtype`. Without the
+                latter 16 bits become float32 on a CPU that multiplies them slowly; "auto" keeps the checkpoint's own.
             device: "cpu", "cuda", "cuda:1", "mps"; None takes the best there is.
             trust_remote_code: Let the model run code of its own.
             kwargs: For the constructor.
