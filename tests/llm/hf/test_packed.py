@@ -16,6 +16,8 @@ from genlm_backend.llm.service import Context
 from tests import architectures
 from tests.llm.hf.walks import CHANGES, TINY_NATS, Walk, check_books, contexts_of, packed_engine, random_ids, small
 
+pytestmark = pytest.mark.thorough
+
 NAMES = [*architectures.PACKABLE, *CHANGES]
 BYTES_PER_TOKEN = 4 * 2 * 2 * 16 * 4  # layers, key and value, heads, width, float32: of the small llama
 
