@@ -116,14 +116,15 @@ def _measure(task: Task, options: argparse.Namespace, patience: Patience, consol
         for number in range(options.repeats + 1):
             for worker in workers if number % 2 else workers[::-1]:
                 for n_walks in options.walks if worker.name == task.ours else [1]:
-                    tell(f"round {number}/{options.repeats}: {worker.name}, {n_walks} walks")
                     workload = make_workload(
                         tokenizer.encode, Cell(n_walks, N_PROMPT), options.steps, options.seed + number
                     )
                     patience.wait_for_quiet()
                     reply = worker.run(workload)
+                    rate = reply["n_tokens"] / reply["total_s"]
+                    tell(f"round {number}/{options.repeats}: {worker.name}, {n_walks} walks: {rate:.1f} tokens/s")
                     if number:
-                        rates.setdefault(f"{worker.name} {n_walks}", []).append(reply["n_tokens"] / reply["total_s"])
+                        rates.setdefault(f"{worker.name} {n_walks}", []).append(rate)
                         counts[f"{worker.name} {n_walks}"] = reply["counts"] or {}
         versions = {worker.name: worker.ready["versions"] | {"itself": worker.ready["version"]} for worker in workers}
     finally:

@@ -18,7 +18,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,13 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model": options.model,
     }
     report |= measure_masks(options) if options.masks else measure(options, console)
+    path = options.json or CACHE / ("masks.json" if options.masks else "grammars.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     text = masks_to_markdown(report) if options.masks else to_markdown(report)
     table = _masks_table(report) if options.masks else _table(report)
     (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
     print(text)
-    path = options.json or CACHE / ("masks.json" if options.masks else "grammars.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.markdown is not None:
         options.markdown.write_text(text, encoding="utf-8")
     return 1 if report.get("unavailable") else 0
@@ -139,7 +139,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     model_path = Path(resolve_model(options.model, tell))
     prompt_ids = list(load_tokenizer(str(model_path)).encode(PROMPT))
-    parser, patience = load_parser(LARK), Patience(options.patience)
+    parser = load_parser(LARK)
     workers: list[Worker] = []
     unavailable: dict[str, str] = {}
     samples: list[dict[str, Any]] = []
@@ -152,49 +152,30 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             except (PeerUnavailable, WorkerFailed) as reason:
                 unavailable[name] = str(reason)
                 tell(f"{KINDS[name].title} cannot be measured here: {reason}")
-        for number in range(options.repeats + 1):
-            turn = number % max(len(workers), 1)
-            for worker in workers[turn:] + workers[:turn]:
-                for n in options.texts:
-                    if worker.name in unavailable or (number == 0 and n > 1 and len(options.texts) > 1):
-                        continue
-                    if n > 1 and not KINDS[worker.name].has_batches and options.one_by_one_as_at_1:
-                        continue
-                    tell(f"round {number}/{options.repeats}: {KINDS[worker.name].title}, {n} at once")
-                    patience.wait_for_quiet()
-                    try:
-                        reply = worker.run(Workload(prompt_ids, n, options.tokens, options.seed + number))
-                    except WorkerFailed as failure:
-                        unavailable[worker.name] = f"failed at {n}: {failure}"
-                        continue
-                    texts = reply["texts"]
-                    samples.append(
-                        {
-                            "peer": worker.name,
-                            "n": n,
-                            "round": number,
-                            "tokens_per_s": reply["n_tokens"] / reply["total_s"],
-                            "n_valid": sum(map(is_valid, texts)),
-                            "n_in_grammar": sum(map(parser.is_valid, texts)),
-                            "reply": reply,
-                        }
-                    )
         ready = {worker.name: worker.ready for worker in workers}
+        for sample in _rounds(workers, unavailable, prompt_ids, options, tell):
+            texts = sample["reply"]["texts"]
+            sample["n_valid"] = sum(map(is_valid, texts))
+            sample["n_in_grammar"] = sum(map(parser.is_valid, texts))
+            samples.append(sample)
+    except KeyboardInterrupt:
+        if not samples:
+            raise
+        tell("stopped: the table has what was measured so far")
     finally:
         for worker in workers:
             worker.close()
     counted = [sample for sample in samples if sample["round"] or options.repeats == 0]
-    rows = {name: _row(name, counted, options.texts) for name in options.peers if name not in unavailable}
-    best = {
-        n: max((row[n]["tokens_per_s"] for name, row in rows.items() if not KINDS[name].is_ours), default=None)
-        for n in options.texts
-    }
+    measured = {sample["peer"] for sample in counted}
+    rows = {name: _row(name, counted, options.texts) for name in options.peers if name in measured}
+    of_peers = [row for name, row in rows.items() if not KINDS[name].is_ours]
+    best = {n: max((row[n]["tokens_per_s"] for row in of_peers if n in row), default=None) for n in options.texts}
     return {
         "ready": ready,
         "unavailable": unavailable,
         "texts": options.texts,
         "threads": options.threads,
-        "repeats": options.repeats,
+        "repeats": max((sample["round"] for sample in samples), default=0),
         "rows": rows,
         "best_peer": best,
         "samples": samples,
@@ -202,13 +183,45 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
+def _rounds(
+    workers: Sequence[Worker],
+    unavailable: dict[str, str],
+    prompt_ids: list[int],
+    options: argparse.Namespace,
+    tell: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """Every worker and number of texts in turn, round after round; who fails is left out from then on."""
+    patience = Patience(options.patience)
+    for number in range(options.repeats + 1):
+        turn = number % max(len(workers), 1)
+        for worker in [*workers[turn:], *workers[:turn]]:
+            for n in options.texts:
+                if worker.name in unavailable or (number == 0 and n > 1 and len(options.texts) > 1):
+                    continue
+                if n > 1 and not KINDS[worker.name].has_batches and options.one_by_one_as_at_1:
+                    continue
+                patience.wait_for_quiet()
+                try:
+                    reply = worker.run(Workload(prompt_ids, n, options.tokens, options.seed + number))
+                except WorkerFailed as failure:
+                    unavailable[worker.name] = f"failed at {n}: {failure}"
+                    continue
+                rate = reply["n_tokens"] / reply["total_s"]
+                done = f"{rate:.1f} tokens/s in {reply['total_s']:.0f} s"
+                tell(f"round {number}/{options.repeats}: {KINDS[worker.name].title}, {n} at once: {done}")
+                yield {"peer": worker.name, "n": n, "round": number, "tokens_per_s": rate, "reply": reply}
+
+
 def _row(name: str, counted: Sequence[dict[str, Any]], numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
     """What a peer did, by how many texts there were at once; what it has no batches for counts as at one."""
     row = {}
     for n in numbers:
         of = [s for s in counted if s["peer"] == name and s["n"] == n]
-        is_as_at_1 = not of
-        of = of or [s for s in counted if s["peer"] == name]
+        is_as_at_1 = not of and not KINDS[name].has_batches
+        if is_as_at_1:
+            of = [s for s in counted if s["peer"] == name]
+        if not of:
+            continue  # stopped before its turn came
         rates = [s["tokens_per_s"] for s in of]
         row[n] = {
             "tokens_per_s": statistics.median(rates),
@@ -229,7 +242,10 @@ def _lines(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, row in report["rows"].items():
         line = [KINDS[name].title]
         for n in numbers:
-            cell = row[n]
+            cell = row.get(n)
+            if cell is None:
+                line += ["not measured", "", ""]
+                continue
             as_at_1 = " as at 1" if cell["is_as_at_1"] else ""
             line += [
                 f"{cell['tokens_per_s']:.1f} ({cell['low']:.1f} - {cell['high']:.1f}){as_at_1}",
@@ -240,8 +256,8 @@ def _lines(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     if BEST in report["rows"]:
         line = ["ours / the best peer (target)"]
         for n in numbers:
-            best = report["best_peer"][n]
-            ratio = report["rows"][BEST][n]["tokens_per_s"] / best if best else None
+            best, ours = report["best_peer"][n], report["rows"][BEST].get(n)
+            ratio = ours["tokens_per_s"] / best if best and ours else None
             line += ["-" if ratio is None else f"{ratio:.1f} ({TARGETS.get(n, 0):g})", "", ""]
         lines.append(line)
     return header, lines

@@ -74,7 +74,15 @@ def main() -> int:
     options = _parser().parse_args()
     console = Console(stderr=True)
     cells = [Cell(constraint, n) for constraint in options.only for n in options.particles]
-    runs, versions, failures = asyncio.run(_measure(cells, options, console))
+    runs: dict[tuple[str, Cell], list[Run]] = {}
+    versions = {name: version(name) for name in ("genlm-backend", "torch", "transformers", "llguidance")}
+    failures: list[str] = []
+    try:
+        asyncio.run(_measure(cells, options, console, runs, versions, failures))
+    except KeyboardInterrupt:
+        if not runs:
+            raise
+        console.print("stopped: the table has what was measured so far")
     report = {
         "time_utc": strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": "python -m benchmark.smc " + " ".join(sys.argv[1:]),
@@ -98,21 +106,24 @@ def main() -> int:
 
 
 async def _measure(
-    cells: list[Cell], options: argparse.Namespace, console: Console
-) -> tuple[dict[tuple[str, Cell], list[Run]], dict[str, str], list[str]]:
-    """Every run, library and cell in turn, round after round."""
+    cells: list[Cell],
+    options: argparse.Namespace,
+    console: Console,
+    runs: dict[tuple[str, Cell], list[Run]],
+    versions: dict[str, str],
+    failures: list[str],
+) -> None:
+    """Every run, library and cell in turn, round after round; `runs`, `versions` and `failures` are filled."""
     from genlm_backend.llm.demo_model import demo_model_path
 
-    runs: dict[tuple[str, Cell], list[Run]] = {}
-    versions = {name: version(name) for name in ("genlm-backend", "torch", "transformers", "llguidance")}
-    failures: list[str] = []
     folder = demo_model_path()
     python = None if options.ours else _peer_python(options.peer_python, console)
     async with _Ours.loaded(options.threads) as ours:
         for turn in range(options.repeats):
             for cell in cells:
-                console.print(f"round {turn + 1}/{options.repeats}: {cell}")
-                runs.setdefault((OURS, cell), []).append(await ours.run(cell, seed=turn))
+                run = await ours.run(cell, seed=turn)
+                console.print(f"round {turn + 1}/{options.repeats}: {cell}: {run.rate:.1f} particle-tokens/s")
+                runs.setdefault((OURS, cell), []).append(run)
                 if python is not None:
                     try:
                         run, of_peer = _run_peer(python, folder, cell, turn, options)
@@ -123,7 +134,6 @@ async def _measure(
                     versions |= {f"the peer's {name}": number for name, number in of_peer.items()}
     for failure in failures:
         console.print(failure, style="red")
-    return runs, versions, failures
 
 
 class _Ours:

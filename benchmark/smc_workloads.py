@@ -5,15 +5,14 @@ from __future__ import annotations
 SCHEMA = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "maxLength": 24},
-        "city": {"type": "string", "maxLength": 24},
+        "name": {"type": "string", "maxLength": 12},
+        "city": {"type": "string", "maxLength": 12},
         "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "job": {"type": "string", "maxLength": 24},
     },
-    "required": ["name", "city", "age", "job"],
+    "required": ["name", "city", "age"],
     "additionalProperties": False,
 }
 REGEX = r" (a|the) [a-z ]+\."
-PROMPTS = {"regex": "Montreal is", "json": "Here is a person as compact JSON, with name, city, age and job: "}
+PROMPTS = {"regex": "Montreal is", "json": "Here is a person as compact JSON, with name, city and age: "}
 MAX_TOKENS = {"regex": 40, "json": 40}
 ESS_THRESHOLD = 0.5
