@@ -93,6 +93,7 @@ def grammar_guide_python(tell: Callable[[str], None]) -> Path:
 
 KINDS = {
     "grammar_walk": Kind("ours: walk, mask", our_python, is_ours=True, has_batches=True),
+    "grammar_walk_plain": Kind("ours: walk, mask, no guesses", our_python, is_ours=True, has_batches=True),
     "grammar_guided": Kind("ours: aguide", our_python, is_ours=True, has_batches=True),
     "transformers_cfg": Kind("transformers-cfg", transformers_cfg_python, has_batches=True),
     "grammar_guide": Kind("grammar-guide", grammar_guide_python),

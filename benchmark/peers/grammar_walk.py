@@ -1,4 +1,4 @@
-"""This package at its best: `walk` under a `GrammarRule` in mode `mask`, every text a coroutine."""
+"""This package at its best: `walk` under a `GrammarRule` in mode `mask` with guesses, every text a coroutine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from genlm_backend.potentials import Grammar
 
 
 class GrammarWalk(Peer):
+    speculate = 8
+
     def __init__(self, model_path: str) -> None:
         self.llm = genlm_backend.load_model_by_name(
             model_path, backend="hf", llm_opts={"device": "cpu", "hf_opts": {"dtype": DTYPE}}
@@ -49,6 +51,7 @@ class GrammarWalk(Peer):
             top_p=TOP_P,
             seed=workload.seed,
             lineage=(index,),
+            speculate=self.speculate,
         )
         return outcome.text
 

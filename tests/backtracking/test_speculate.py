@@ -1,0 +1,157 @@
+"""Guesses asked along with a prefix: the same text, fewer forward passes where it repeats itself, no harm elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genlm_backend.backtracking import Budget, phrases, walk
+from genlm_backend.backtracking.lookup import looked_up
+from genlm_backend.errors import InvalidQuery
+from genlm_backend.llm.hf.model import AsyncTransformer
+from genlm_backend.testing import check_idle
+from tests.backtracking import toy
+from tests.backtracking.speaker import chooser, speaker
+
+VOCAB = [b"<p>", b"a", b"b", b"c", b"d", b"<eos>"]
+CYCLE = {"otherwise": {"a": 1.0}, "a": {"b": 1.0}, "b": {"c": 1.0}, "c": {"d": 1.0}}
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.integers(0, 6))
+def test_a_guess_is_what_followed_the_longest_end_that_stood_before(ids, n):
+    expected = []
+    for width in range(min(3, len(ids) - 1), 0, -1):
+        starts = [i for i in range(len(ids) - width) if ids[i : i + width] == ids[-width:]]
+        if starts:
+            known = list(ids)
+            while len(known) < len(ids) + n:  # the text goes on as it did there
+                known.append(known[starts[-1] + width + len(known) - len(ids)])
+            expected = known[len(ids) :]
+            break
+    assert looked_up(ids, n) == expected
+
+
+@pytest.mark.parametrize("mode", ["exact", "local", "first", "mask", "none"])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.95, "temperature": 1.3}], ids=str)
+def test_the_text_is_the_same(mode, filters):
+    async def run(n: int) -> tuple[list, int]:
+        async with toy.SMALL.model() as llm:
+            rules, budget = toy.SMALL.rule(), Budget(undos=200)
+            made = []
+            for seed in range(10):
+                one = walk(
+                    llm,
+                    toy.SMALL.prompt,
+                    rules,
+                    max_new_tokens=12,
+                    eos=(),
+                    mode=mode,
+                    seed=seed,
+                    speculate=n,
+                    budget=budget,
+                    **filters,
+                )
+                made.append(await one)
+            check_idle(llm)
+            return [(o.token_ids, o.logprob, o.log_q, o.log_weight, o.reason) for o in made], llm.statistics().batches
+
+    (plain, n_plain), (guessed, n_guessed) = (asyncio.run(run(n)) for n in (0, 3))
+    assert guessed == plain
+    assert n_guessed < n_plain
+
+
+async def batches(n: int, length: int = 24, **options) -> tuple[int, int, bytes]:
+    async with speaker(VOCAB, chooser(**CYCLE)) as llm:
+        said = await walk(llm, [0], max_new_tokens=length, eos=[5], temperature=0, speculate=n, **options)
+        return llm.statistics().batches, said.n_prefixes, said.text.encode()
+
+
+async def test_a_text_in_a_cycle_takes_a_forward_pass_for_each_guess():
+    n_plain, n_prefixes, plain = await batches(0)
+    n_guessed, n_prefixes_guessed, guessed = await batches(4)
+    assert plain == guessed == b"abcd" * 6
+    assert n_plain == n_prefixes == 24
+    # five tokens before anything repeats, of which the last is the first guess; then five by each forward pass
+    assert n_guessed <= 5 + -(-19 // 5)
+    assert n_prefixes_guessed == 24, "no prefix beyond the longest text is asked, and none twice"
+
+
+async def test_wrong_guesses_grow_fewer_and_cost_no_forward_pass():
+    # what follows an "a" is never what followed the one before
+    likely = {"otherwise": {"a": 1.0}, "a": {"a": 1.0}, "aa": {"b": 1.0}, "aab": {"a": 1.0}, "aaba": {"c": 1.0}}
+    likely |= {"abac": {"a": 1.0}, "baca": {"d": 1.0}, "acad": {"b": 1.0}, "cadb": {"d": 1.0}}
+    asked = {}
+    for n in (0, 4):
+        async with speaker(VOCAB, chooser(**likely)) as llm:
+            said = await walk(llm, [0], max_new_tokens=10, eos=[5], temperature=0, speculate=n)
+            asked[n] = said.text, llm.statistics().batches, said.n_prefixes
+    assert asked[4][0] == asked[0][0]
+    assert asked[4][1] <= asked[0][1]
+    assert asked[0][2] < asked[4][2] < 5 * asked[0][2]
+
+
+async def test_what_is_taken_back_is_looked_up_again():
+    options = {"rules": phrases("cd", words=False), "seed": 3}
+    likely = {"otherwise": {"a": 1.0}, "a": {"b": 1.0}, "b": {"c": 1.0}, "c": {"d": 0.9, "a": 0.1}}
+    said = []
+    for n in (0, 4):
+        async with speaker(VOCAB, chooser(**likely)) as llm:
+            said.append((await walk(llm, [0], max_new_tokens=20, eos=[5], speculate=n, **options)).token_ids)
+    assert said[0] == said[1]
+    assert 4 not in said[0]
+
+
+async def test_no_guess_goes_past_an_end_token_or_the_length():
+    likely = {"otherwise": {"a": 1.0}, "a": {"b": 1.0}, "b": {"<eos>": 1.0}}
+    async with speaker(VOCAB, chooser(**likely)) as llm:
+        await walk(llm, [0, 1, 2, 5, 0, 1, 2], max_new_tokens=8, eos=[5], speculate=4)
+        asked = llm._service.engine.asked
+    assert asked == [(0, 1, 2, 5, 0, 1, 2)]
+
+
+async def test_a_guess_that_fails_harms_nobody():
+    def says(text: bytes) -> dict[bytes, float]:
+        if text.endswith(b"ab"):
+            raise RuntimeError("no row for this one")
+        return {b"c" if text.endswith(b"a") else b"a": 1.0}
+
+    async with speaker(VOCAB, says) as llm:
+        said = await walk(llm, [1, 2, 3, 1], max_new_tokens=2, eos=[5], temperature=0, speculate=3)
+        assert said.text == "ca"
+        check_idle(llm)
+
+
+async def test_cancelled_in_the_middle_it_leaves_nothing_behind():
+    async with speaker(VOCAB, chooser(**CYCLE)) as llm:
+        running = asyncio.ensure_future(walk(llm, [0], max_new_tokens=500, eos=[5], speculate=4).finish())
+        while llm.statistics().batches < 20:
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        check_idle(llm)
+
+
+async def test_on_packed_attention_guesses_come_true_in_fewer_forward_passes(tiny_llama, tiny_tokenizer_512):
+    async with AsyncTransformer(tiny_llama, tiny_tokenizer_512) as llm:
+        made = []
+        for n in (0, 6):
+            llm.clear_cache()
+            before = llm.statistics()
+            said = await walk(llm, [5, 9, 2], max_new_tokens=60, eos=(), temperature=0, speculate=n)
+            after = llm.statistics()
+            made.append(
+                (said.token_ids, after.forwards - before.forwards, after.tokens_computed - before.tokens_computed)
+            )
+        assert llm.path == "packed"
+    assert made[0][0] == made[1][0]
+    assert made[1][1] < made[0][1] == 60
+    assert made[1][2] < 2 * made[0][2], "guesses are asked only where they may come true"
+
+
+def test_a_negative_number_is_refused():
+    with pytest.raises(InvalidQuery, match="speculate is -1; expected 0 or more"):
+        walk(toy.SMALL.model(), [0], speculate=-1)
