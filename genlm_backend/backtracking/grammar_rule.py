@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from genlm_backend.backtracking.rules import BoolRow, Keep, Prompt, Rule, Step, Undo, Verdict
@@ -54,6 +55,9 @@ class GrammarRule(Rule[Any]):
         row: BoolRow = mask[: self.constraint.n_tokens]
         row[list(state.eos)] = mask[self.constraint.end]
         return row
+
+    def foreseen(self, state: _Read) -> Sequence[int]:
+        return () if state.unread else self.constraint.foreseen(state.read)
 
     @property
     def masks(self) -> bool:

@@ -238,6 +238,10 @@ class Rule(ABC, Generic[S]):
         """(vocab,) bool: the tokens that `step` would not object to; None: ask it."""
         return None
 
+    def foreseen(self, state: S) -> Sequence[int]:
+        """Tokens that probably come next because this rule leaves no other text; mode `mask` asks about all at once."""
+        return ()
+
     def warp(self, state: S, row: FloatRow) -> FloatRow:
         """A new (vocab,) row of log-probabilities, nats, normalised or not, from one after temperature."""
         return row
@@ -412,6 +416,9 @@ class AllOf(Rule[tuple[Any, ...]]):
             if mask is not None:
                 together = mask if together is None else together & mask
         return together
+
+    def foreseen(self, state: tuple[Any, ...]) -> Sequence[int]:
+        return next(filter(len, (member.foreseen(s) for member, s in zip(self.rules, state, strict=True))), ())
 
     def warp(self, state: tuple[Any, ...], row: FloatRow) -> FloatRow:
         for member, s, does in zip(self.rules, state, self._warps, strict=True):

@@ -92,6 +92,7 @@ WHEN_EXHAUSTED = ("stop", "raise", "accept")
 _ROWS_KEPT = 2
 _SUPPORTS_KEPT = 64
 _LOG_GONE = math.log(tree.GONE)
+_MOST_FORESEEN = 16  # tokens without an alternative that are asked about at once
 
 
 class Budget(NamedTuple):
@@ -340,9 +341,9 @@ def walk(
             is as many as the rules can reach, one rollback after another; that is all of them for most rules that take
             back more than one token, and the length of the partial match for phrases.
         speculate: With each new prefix, ask also for up to so many of its continuations, as they stood in the text or
-            prompt before. The text stays the same; where it repeats itself, forward passes are saved. Good for few
-            walks on an engine that computes a batch as one tree (`AsyncTransformer`): there a few more tokens cost
-            little. Fewer are asked for where guesses were wrong.
+            prompt before; what a grammar forces is always asked along. The text stays the same; where it repeats
+            itself, forward passes are saved. Good for few walks on an engine that computes a batch as one tree
+            (`AsyncTransformer`): there a few more tokens cost little. Fewer are asked for where guesses were wrong.
         state: Of the rules at the prompt: the `state` of an outcome that this walk continues.
         encode: From the text of a splice to tokens; None takes the tokenizer.
         lora_name: The adapter.
@@ -842,7 +843,7 @@ class Walk:
         node = tree.at(self._root, below)
         mask = rule.allowed(state) if self._set.mode == "mask" and rule.masks and not self._accepts_all else None
         if self._is_plain and node.is_whole and (mask is None or self._set.filters.temperature == 1):
-            return await self._drawn_by_engine(ids, name, mask)
+            return await self._drawn_by_engine(ids, name, state, mask)
         dist = await self._distribution(ids, name, state)
         scores, log_mass = alive_scores(dist, node, mask)
         # A rest that differences left may be their rounding error; what a mask alone leaves is exact, however little.
@@ -857,12 +858,12 @@ class Walk:
             token_id = draw(dist, scores, self._key())
         return None if token_id is None else self._as_drawn(dist, token_id, log_mass)
 
-    async def _drawn_by_engine(self, ids: list[int], name: int, mask: BoolRow | None) -> _Drawn | None:
+    async def _drawn_by_engine(self, ids: list[int], name: int, state: Any, mask: BoolRow | None) -> _Drawn | None:
         """The common case: no row leaves the engine, and a batch is drawn at once."""
         self.n_draws += 1
         query = Draw(self._key(), self._set.filters.temperature, mask)
         try:
-            token_id, logprob, log_q = await self._query(ids, name, query)
+            token_id, logprob, log_q = await self._query(ids, name, state, query)
         except NoTokenAllowed:
             return None
         if mask is None:
@@ -919,15 +920,15 @@ class Walk:
         rule, filters = self._set.rule, self._set.filters
         if name in self._wide:
             filters = Filters(filters.divisor)
-        log_normalizer = await self._log_normalizer(ids, name) if rule.sees >= Sees.LOGITS else None
+        log_normalizer = await self._log_normalizer(ids, name, state) if rule.sees >= Sees.LOGITS else None
         if filters.top_k is not None and rule.sees < Sees.ROW and not rule.warps:
             k = min(filters.top_k, len(self._set.llm.byte_vocab))
-            best = await self._query(ids, name, TopK(k))
+            best = await self._query(ids, name, state, TopK(k))
             token_ids, logprobs = best.token_ids.cpu().numpy(), best.logprobs.cpu().numpy()
             possible = int(np.count_nonzero(logprobs > -math.inf))
             dist = from_best(token_ids[:possible], logprobs[:possible], filters, log_normalizer)
         else:
-            row = (await self._query(ids, name, Row())).cpu().numpy()
+            row = (await self._query(ids, name, state, Row())).cpu().numpy()
             scaled = scaled_row(row, filters)
             if rule.warps:
                 scaled = rule.warp(state, scaled.copy() if scaled is row else scaled)
@@ -937,10 +938,10 @@ class Walk:
         self._remember(name, dist)
         return dist
 
-    async def _query(self, ids: list[int], name: int, query: Query) -> Any:
+    async def _query(self, ids: list[int], name: int, state: Any, query: Query) -> Any:
         """The model's answer about a prefix; about a new one, what is likely to be asked next is asked along."""
         whole = [*self._set.prompt, *ids]
-        guess = [] if name in self._asked else self._guess(whole, ids)
+        guess = [] if name in self._asked else self._guess(whole, ids, state)
         self._asked.add(name)
         if not guess:
             return await self._set.llm.query(whole, query, self._set.adapter)
@@ -957,24 +958,25 @@ class Walk:
                 row.cancel()
             await asyncio.gather(*along, return_exceptions=True)  # what is wrong with a guess is told if it comes true
 
-    def _guess(self, whole: list[int], ids: list[int]) -> list[int]:
-        """Tokens that may follow, more of them the more of the last guess came true."""
+    def _guess(self, whole: list[int], ids: list[int], state: Any) -> list[int]:
+        """Tokens that may follow: what a rule foresees, then what is looked up, more if guesses came true before."""
         most = self._set.speculate
-        if not most:
-            return []
-        start, last = self._guessed
-        if last:
-            pairs = zip(last, ids[start:], strict=False)
-            n_true = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            self._n_guess = min(most, 2 * n_true + 1)
-        guess = looked_up(whole, min(self._n_guess, self._set.max_new_tokens - len(ids) - 1))
+        guess = list(self._set.rule.foreseen(state)[:_MOST_FORESEEN]) if self._set.mode == "mask" else []
+        if most:
+            start, last = self._guessed
+            if last:
+                pairs = zip(last, ids[start:], strict=False)
+                n_true = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                self._n_guess = min(most, 2 * n_true + 1)
+            guess += looked_up([*whole, *guess], self._n_guess)
+        guess = guess[: self._set.max_new_tokens - len(ids) - 1]
         guess = list(itertools.takewhile(lambda token_id: token_id not in self._set.eos, guess))
         self._guessed = len(ids), guess
         return guess
 
-    async def _log_normalizer(self, ids: list[int], name: int) -> float:
+    async def _log_normalizer(self, ids: list[int], name: int, state: Any) -> float:
         try:
-            value = float(await self._query(ids, name, LogNormalizer()))
+            value = float(await self._query(ids, name, state, LogNormalizer()))
         except (InvalidQuery, NotImplementedError):
             value = math.nan
         if not math.isnan(value):

@@ -153,6 +153,14 @@ class Constraint(Potential):
             state = self.extend(state, only)
         return tuple(tokens)
 
+    def foreseen(self, state: State) -> Sequence[int]:
+        """Tokens with which every text of the set goes on, as they are likely to be cut; a guess, () where none.
+
+        Whoever asks a model about the state asks about these along with it, so that no forward pass is made for text
+        that has no alternative.
+        """
+        return ()
+
     @final
     async def prefix(self, state: State) -> float:
         return _log_of(self.is_alive(state))

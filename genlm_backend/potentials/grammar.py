@@ -204,6 +204,9 @@ class Grammar(Constraint):
     def forced(self, state: State) -> tuple[int, ...]:
         return super().forced(state) if self.forced_bytes(state) else ()
 
+    def foreseen(self, state: State) -> list[int]:
+        return self.vocabulary.words(self.forced_bytes(state))
+
     def forced_bytes(self, state: State) -> bytes:
         """What every text goes on with; its segmentation into tokens is free unless `forced` says so. b"" if dead."""
         parser = self._parser(state)

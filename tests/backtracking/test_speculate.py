@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genlm_backend.backtracking import Budget, phrases, walk
+from genlm_backend.backtracking import Budget, GrammarRule, phrases, walk
 from genlm_backend.backtracking.lookup import looked_up
 from genlm_backend.errors import InvalidQuery
 from genlm_backend.llm.hf.model import AsyncTransformer
+from genlm_backend.potentials import Constraint, Grammar
 from genlm_backend.testing import check_idle
 from tests.backtracking import toy
 from tests.backtracking.speaker import chooser, speaker
@@ -150,6 +151,35 @@ async def test_on_packed_attention_guesses_come_true_in_fewer_forward_passes(tin
     assert made[0][0] == made[1][0]
     assert made[1][1] < made[0][1] == 60
     assert made[1][2] < 2 * made[0][2], "guesses are asked only where they may come true"
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"first_name": {"enum": ["ab", "cd"]}, "last_name": {"enum": ["ef", "gh"]}},
+    "required": ["first_name", "last_name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.99}], ids=str)
+async def test_what_a_grammar_forces_takes_no_forward_pass_of_its_own(
+    tiny_llama, tiny_tokenizer_512, monkeypatch, filters
+):
+    async with AsyncTransformer(tiny_llama, tiny_tokenizer_512) as llm:
+        rules, made = GrammarRule(Grammar.json_schema(llm, SCHEMA, whitespace=False)), []
+        for _ in range(2):
+            llm.clear_cache()
+            before, weighs = llm.statistics().forwards, not filters
+            said = await walk(llm, [5], rules, mode="mask", max_new_tokens=60, eos={0}, seed=4, weigh=weighs, **filters)
+            assert rules.is_valid(said.state[0])
+            made.append((said.token_ids, said.log_weight, llm.statistics().forwards - before))
+            monkeypatch.setattr(Grammar, "foreseen", Constraint.foreseen)
+    foreseen, plain = made
+    assert foreseen[0] == plain[0]
+    if not filters:
+        assert foreseen[1] == pytest.approx(plain[1], abs=1e-3)
+    assert plain[2] == len(plain[0])
+    assert foreseen[2] < plain[2]
 
 
 def test_a_negative_number_is_refused():
