@@ -167,7 +167,7 @@ def _functionals(exact: Exact) -> list[Callable[[Any], bool]]:
     values = [v for v, p in exact.posterior.items() if p > 0.1][:5]
     found: list[Callable[[Any], bool]] = [lambda v: True]
     found += [lambda v, u=value: v == u for value in values]
-    for symbol in (0, 1, 2):
+    for symbol in range(5):
         found.append(lambda v, s=symbol: v[:1] == (s,))
         found.append(lambda v, s=symbol: v[-1:] == (s,))
         found.append(lambda v, s=symbol: len(v) == s + 1)

@@ -165,13 +165,15 @@ async def test_a_program_that_is_not_the_same_again_is_told_so():
 
 
 @pytest.mark.parametrize("n_steps", [0, 1, 2, 3])
-@pytest.mark.parametrize("kind", ["program", "particle", "importance", "model", "steer", "moves"])
+@pytest.mark.parametrize("kind", ["program", "particle", "importance", "best", "beam", "model", "steer", "moves"])
 async def test_a_saved_run_goes_on_as_if_never_interrupted(kind, n_steps, tmp_path):
     async with fake_language_model(FakeEngine()) as llm:
         model, options = {
             "program": (chain(3, guess=True), {}),
             "particle": (ChainParticle(), {"ess_threshold": 1.0}),
             "importance": (chain(3), {"method": "importance"}),
+            "best": (chain(3), {"method": "best_of_n"}),
+            "beam": (chain(3), {"method": "beam"}),
             "model": (writer(llm), {"ess_threshold": 0.9}),
             "steer": (chain(3), {"method": "steer"}),
             "moves": (chain(3), {"ess_threshold": 1.0}),
@@ -230,6 +232,20 @@ async def test_repeating_a_recording_is_bit_equal(n_runs, tmp_path):
         with pytest.raises(ParticleFailed, match=r"no such draw|no answer"):
             await smc(writer(llm), 6, seed=3, ess_threshold=0.9, recording=loaded)
     assert not silent.batches
+
+
+async def test_a_recording_of_a_real_model_is_replayed_without_it(tiny_llama, tiny_tokenizer_512, tmp_path):
+    from genlm_backend.llm import AsyncTransformer
+
+    recording = Recording()
+    async with AsyncTransformer(tiny_llama, tiny_tokenizer_512) as llm:
+        first = await smc(writer(llm, n=5), 4, seed=0, ess_threshold=0.9, recording=recording)
+        recording.save(tmp_path / "recording.json")
+        loaded = Recording.load(tmp_path / "recording.json")
+        before = llm.statistics()
+        for _ in range(20):
+            assert await smc(writer(llm, n=5), 4, seed=0, ess_threshold=0.9, recording=loaded) == first
+        assert llm.statistics() == before
 
 
 async def test_strict_rows_are_computed_alone(tiny_llama, tiny_tokenizer_512):

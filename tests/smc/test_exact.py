@@ -21,8 +21,10 @@ from genlm_backend.smc import (
     Geometric,
     Guided,
     TopK,
+    after_bytes,
     after_tokens,
     enumerate_exactly,
+    islands,
     particle_gibbs,
     program,
     regenerate,
@@ -85,6 +87,7 @@ async def mixed(ctx):
 PROGRAMS = {
     "program": (chain(3), {"ess_threshold": 1.0}),
     "particle": (ChainParticle(), {"ess_threshold": 1.0}),
+    "five symbols": (chain(5), {"ess_threshold": 1.0}),
     "adaptive": (chain(3), {}),
     "importance": (chain(3), {"method": "importance"}),
     "twisted": (chain(3, guess=True), {"ess_threshold": 1.0}),
@@ -153,8 +156,37 @@ async def test_proposals(name, n_runs):
     )
 
 
+LARGER = {
+    "2 tokens": (2, lambda: Direct(Product(Table(2), Weigh(2)))),
+    "4 tokens": (4, lambda: TopK(Table(4), NoRepeat(4), 2)),
+    "5 tokens": (5, lambda: AWRS(Table(5), NoRepeat(5))),
+}
+
+
 @RUNS
-@pytest.mark.parametrize("boundary", [after_tokens(1), after_tokens(2)], ids=["every token", "every second"])
+@pytest.mark.parametrize("name", LARGER)
+async def test_vocabularies_of_two_to_five_tokens_and_texts_of_five(name, n_runs):
+    n_tokens, make = LARGER[name]
+    proposal = make()
+    exact = await sequence_law(proposal.potential, n_tokens, 5)
+    assert max(map(len, exact.posterior)) == 5
+    model = sequences(proposal, max_tokens=5)
+    options = {"ess_threshold": 0.9, "on_failure": "mark"}
+    assert await worst_z(lambda seed: smc(model, 4, seed=seed, **options), exact, n_runs) < Z_LIMIT
+
+
+@RUNS
+async def test_islands(n_runs):
+    exact = await enumerate_exactly(chain(3))
+    assert await worst_z(lambda seed: islands(chain(3), 3, 3, seed=seed), exact, n_runs) < Z_LIMIT
+
+
+@RUNS
+@pytest.mark.parametrize(
+    "boundary",
+    [after_tokens(1), after_tokens(2), after_bytes([b"a", b"b\n", b"c"])],
+    ids=["every token", "every second", "lines"],
+)
 async def test_critics_at_any_boundary_give_one_law(boundary, n_runs):
     exact = await sequence_law(Product(MODEL, RULE, Weigh()), 3, 3)
     model = sequences(AWRS(MODEL, RULE), critic=Weigh(), max_tokens=3, boundary=boundary)
