@@ -77,10 +77,12 @@ ecosystem-own: $(ECOSYSTEM)/.stamp
 
 bench: $(VENV)/.stamp-demo
 	$(BIN)/python -m benchmark.engines
-	$(BIN)/python -m benchmark.engines --peers ours_vllm,vllm_generate,vllm_fresh --cells 10x3,10x256,50x3,50x256
+	$(BIN)/python -m benchmark.engines --peers ours_vllm,vllm_generate,vllm_fresh --cells 10x3,10x256,50x3,50x256 \
+		--json .cache/benchmark/engines_vllm.json
 	$(BIN)/python -m benchmark.tries
 	$(BIN)/python -m benchmark.backtracking
 	$(BIN)/python -m benchmark.grammars
+	$(BIN)/python -m benchmark.grammars --masks
 	$(BIN)/python -m benchmark.smc
 
 figures: $(VENV)/.stamp-demo
