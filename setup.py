@@ -25,6 +25,7 @@ EXTRAS: dict[str, list[str]] = {
         "import-linter>=2.3",
         "sentencepiece>=0.2",
         "tiktoken>=0.8",
+        "mistral-common>=1.8",  # its Tekkenizer
     ],
     "docs": [
         "mkdocs>=1.6,<2",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -80,11 +82,18 @@ def test_a_beginning_that_no_token_has_is_a_wrong_argument(
 
 
 @pytest.mark.model
-@pytest.mark.slow
-def test_the_real_model_knows_the_capital_of_france(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], smollm2_path: Path
+@pytest.mark.timeout(300)  # loading, where the machine has other work
+def test_the_real_model_knows_the_capital_of_france_and_it_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], smollm2_path: Path, tmp_path: Path
 ) -> None:
+    if shutil.which("dot") is None:
+        pytest.importorskip("pygraphviz")
+    picture = tmp_path / "next.svg"
     arguments = ["The capital of France is", "--begun", " ", "--model", str(smollm2_path), "--top", "1"]
-    code, out, _ = run(monkeypatch, capsys, *arguments)
+    code, out, _ = run(monkeypatch, capsys, *arguments, "--picture", str(picture))
     assert code == 0 and "Paris" in out
+    svg = ElementTree.parse(picture).getroot()
+    assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+    drawn = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert "␣P" in drawn and "␣Par" in drawn
     assert torch.get_default_dtype() == torch.float32

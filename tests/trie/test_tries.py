@@ -465,7 +465,7 @@ def test_any_number_of_threads_may_ask_at_once() -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_computes_too() -> None:
     script = """
