@@ -128,6 +128,32 @@ async def test_one_token_for_each_new_context_and_each_forked_child(smol: AsyncV
     assert smol.statistics().tokens_computed - before.tokens_computed == 1
 
 
+@pytest.mark.parametrize(("name", "computes_again"), [("live", False), ("fresh", False), ("uncached", True)])
+async def test_an_evicted_context_comes_back_through_the_prefix_cache(
+    smol: AsyncVirtualLM, with_transport: Callable[[AsyncVirtualLM, str], None], name: str, computes_again: bool
+) -> None:
+    """At most a block and the new token are computed again; `uncached` shows that a count without the cache fails."""
+    with_transport(smol, name)
+    block = smol._engine.core.block_size
+    ids = smol.tokenizer.encode(TEXT * 6)[: 2 * block + 6]
+    assert len(ids) == 2 * block + 6
+    for evict in ("by others", "all"):
+        ids = [ids[-1], *ids[:-1]]  # new to the cache
+        await smol.next_token_logprobs(ids)
+        evicted = smol.tally.evicted
+        if evict == "by others":
+            await asyncio.gather(*(smol.next_token_logprobs([1000 + i]) for i in range(12)))  # all the slots
+            assert smol.tally.evicted > evicted or name != "live"
+        else:
+            smol._engine.end_sessions()
+        assert smol._engine._ledger.match(None, ids, len(ids)).length == 0
+        before = smol.statistics().tokens_computed
+        row = await smol.next_token_logprobs([*ids, 7])
+        n_computed = smol.statistics().tokens_computed - before
+        assert n_computed == len(ids) + 1 if computes_again else 1 < n_computed <= block + 1, (evict, n_computed)
+        assert apart(row, await smol.next_token_logprobs_uncached([*ids, 7]))[0] <= OWN_NATS
+
+
 async def test_particles_with_one_cold_prompt_compute_it_once(smol: AsyncVirtualLM) -> None:
     smol.clear_cache()
     prompt = smol.tokenizer.encode("A prompt that none of these tests has used before now: ")
