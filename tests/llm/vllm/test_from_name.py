@@ -29,7 +29,8 @@ from genlm_backend.errors import (
 )
 from genlm_backend.llm import AsyncLM, AsyncVirtualLM, load_model_by_name
 from genlm_backend.llm.vllm import transports
-from tests.llm.vllm.conftest import TINY_OPTIONS, next_best_to_live
+from tests.llm.conftest import TINY_OPTIONS
+from tests.llm.vllm.conftest import next_best_to_live
 
 
 def threads() -> set[threading.Thread]:

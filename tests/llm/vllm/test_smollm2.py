@@ -17,10 +17,9 @@ from genlm_backend.sampling import draw_key
 pytestmark = [pytest.mark.model]
 OWN_NATS = 1e-4  # to an uncached request of the same engine, over tokens with p > 1e-8
 HF_NATS = 2e-4  # to AsyncTransformer
-TOTAL_VARIATION = 1e-5  # to both, over what a program asks
-# Over contexts of arbitrary tokens. transformers itself is up to 1.1e-5 from float64 there; and after <|endoftext|> in
-# the middle of a text float32 is no better than 5e-4 nats in either engine, so no test asks that.
-HF_TOTAL_VARIATION = 2e-5
+# To both. Over many contexts the tokens are such as a program draws: after arbitrary ones transformers itself is up to
+# 1.1e-5 from float64, and after <|endoftext|> in the middle of a text no float32 engine is better than 5e-4 nats.
+TOTAL_VARIATION = 1e-5
 TEXT = "Montreal is a city on an island in the Saint Lawrence river, and"
 
 
@@ -32,14 +31,16 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
     return nats, float((found.exp() - wanted.exp()).abs().sum()) / 2
 
 
-async def check_rows(
-    llm: AsyncVirtualLM,
-    other: AsyncTransformer,
-    asked: Sequence[Sequence[int]],
-    hf_total_variation: float = HF_TOTAL_VARIATION,
-) -> None:
+async def check_rows(llm: AsyncVirtualLM, other: AsyncTransformer, asked: Sequence[Sequence[int]]) -> None:
     """All at once; each row against the engine's own uncached request and against transformers."""
     rows = await asyncio.gather(*(llm.next_token_logprobs(ids) for ids in asked))
+    await check_these_rows(llm, other, asked, rows)
+
+
+async def check_these_rows(
+    llm: AsyncVirtualLM, other: AsyncTransformer, asked: Sequence[Sequence[int]], rows: Sequence[torch.Tensor]
+) -> None:
+    """As `check_rows`, of rows that were asked before."""
     theirs = await other.batch_next_token_logprobs(asked)
     contexts = list(dict.fromkeys(Context(None, tuple(ids)) for ids in asked))
     logits = await asyncio.to_thread(llm._engine.uncached, contexts)
@@ -47,13 +48,16 @@ async def check_rows(
     for ids, row, of_other in zip(asked, rows, theirs, strict=True):
         assert abs(float(row.double().exp().sum()) - 1) < 5e-5
         of_own = uncached[Context(None, tuple(ids))]
-        for wanted, nats, variation in (
-            (of_own, OWN_NATS, TOTAL_VARIATION),
-            (of_other, HF_NATS, hf_total_variation),
-        ):
+        for wanted, nats in ((of_own, OWN_NATS), (of_other, HF_NATS)):
             worst, total_variation = apart(row, wanted)
             assert worst <= nats, f"{worst} nats for a context of {len(ids)} tokens"
-            assert total_variation <= variation, f"{total_variation} for a context of {len(ids)} tokens"
+            assert total_variation <= TOTAL_VARIATION, f"{total_variation} for a context of {len(ids)} tokens"
+
+
+async def probable(llm: AsyncTransformer, ids: Sequence[int], k: int) -> list[int]:
+    """The k tokens that a program would draw most often."""
+    found: list[int] = (await llm.query(ids, TopK(k))).token_ids.tolist()
+    return found
 
 
 async def test_it_is_served_by_live_requests(smol: AsyncVirtualLM) -> None:
@@ -74,12 +78,12 @@ async def test_rows_of_random_asks(smol: AsyncVirtualLM, smol_transformer: Async
             ids = rng.choice(known[-20:]) if rng.random() < 0.9 else rng.choice(prompts)
             ids = ids[: rng.randrange(max(1, len(ids) - 40), len(ids) + 1)]
             for _ in range(rng.choice((1, 1, 1, 3))):
-                ids = [*ids, rng.choice((await smol_transformer.query(ids, TopK(20))).token_ids.tolist())]
+                ids = [*ids, rng.choice(await probable(smol_transformer, ids, 20))]
             asked.append(ids)
         if step % 3 == 2:  # cold beside warm ones
             asked.append(smol.tokenizer.encode(f"{step} times, " + TEXT * 5))
         known += asked
-        await check_rows(smol, smol_transformer, asked, TOTAL_VARIATION)
+        await check_rows(smol, smol_transformer, asked)
     tally = smol.tally
     assert tally.restarted == before.restarted
     for name in ("extended", "forked", "opened", "evicted"):
@@ -99,9 +103,7 @@ async def test_rows_of_requests_that_vllm_preempts(
         patched.setattr(smol._engine.core, "n_free_blocks", lambda: 10**6)
         rows = await asyncio.gather(*(smol.next_token_logprobs([*ids, 7]) for ids in particles))
     assert smol.tally.preempted > before.preempted
-    for ids, row in list(zip(particles, rows, strict=True))[::3]:
-        worst, _ = apart(row, await smol_transformer.next_token_logprobs([*ids, 7]))
-        assert worst <= HF_NATS
+    await check_these_rows(smol, smol_transformer, [[*ids, 7] for ids in particles], rows)
     await check_rows(smol, smol_transformer, [[*ids, 7, 8] for ids in particles[::4]])
 
 
@@ -126,6 +128,32 @@ async def test_one_token_for_each_new_context_and_each_forked_child(smol: AsyncV
     assert smol.statistics().tokens_computed - before.tokens_computed == 1
 
 
+@pytest.mark.parametrize(("name", "computes_again"), [("live", False), ("fresh", False), ("uncached", True)])
+async def test_an_evicted_context_comes_back_through_the_prefix_cache(
+    smol: AsyncVirtualLM, with_transport: Callable[[AsyncVirtualLM, str], None], name: str, computes_again: bool
+) -> None:
+    """At most a block and the new token are computed again; `uncached` shows that a count without the cache fails."""
+    with_transport(smol, name)
+    block = smol._engine.core.block_size
+    ids = smol.tokenizer.encode(TEXT * 6)[: 2 * block + 6]
+    assert len(ids) == 2 * block + 6
+    for evict in ("by others", "all"):
+        ids = [ids[-1], *ids[:-1]]  # new to the cache
+        await smol.next_token_logprobs(ids)
+        evicted = smol.tally.evicted
+        if evict == "by others":
+            await asyncio.gather(*(smol.next_token_logprobs([1000 + i]) for i in range(12)))  # all the slots
+            assert smol.tally.evicted > evicted or name != "live"
+        else:
+            smol._engine.end_sessions()
+        assert smol._engine._ledger.match(None, ids, len(ids)).length == 0
+        before = smol.statistics().tokens_computed
+        row = await smol.next_token_logprobs([*ids, 7])
+        n_computed = smol.statistics().tokens_computed - before
+        assert n_computed == len(ids) + 1 if computes_again else 1 < n_computed <= block + 1, (evict, n_computed)
+        assert apart(row, await smol.next_token_logprobs_uncached([*ids, 7]))[0] <= OWN_NATS
+
+
 async def test_particles_with_one_cold_prompt_compute_it_once(smol: AsyncVirtualLM) -> None:
     smol.clear_cache()
     prompt = smol.tokenizer.encode("A prompt that none of these tests has used before now: ")
@@ -137,11 +165,11 @@ async def test_particles_with_one_cold_prompt_compute_it_once(smol: AsyncVirtual
 async def test_more_particles_than_slots_in_waves(smol: AsyncVirtualLM, smol_transformer: AsyncTransformer) -> None:
     smol.clear_cache()
     prompt = smol.tokenizer.encode(TEXT)
-    particles = [[*prompt, 100 + i] for i in range(30)]
+    particles = [[*prompt, token] for token in await probable(smol_transformer, prompt, 30)]
     for step in range(3):
         await check_rows(smol, smol_transformer, particles)
         assert len(smol._engine._ledger) <= 12
-        particles = [[*ids, 500 + step + i] for i, ids in enumerate(particles)]
+        particles = [[*ids, (await probable(smol_transformer, ids, 3))[step]] for ids in particles]
 
 
 async def test_the_length_of_a_context_is_checked_before_anything_is_computed(
