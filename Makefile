@@ -80,6 +80,7 @@ bench: $(VENV)/.stamp-demo
 	$(BIN)/python -m benchmark.engines --peers ours_vllm,vllm_generate,vllm_fresh --cells 10x3,10x256,50x3,50x256
 	$(BIN)/python -m benchmark.tries
 	$(BIN)/python -m benchmark.backtracking
+	$(BIN)/python -m benchmark.backtracking --phrases
 	$(BIN)/python -m benchmark.grammars
 	$(BIN)/python -m benchmark.smc
 
