@@ -376,7 +376,9 @@ class AllOf(Rule[tuple[Any, ...]]):
 
     def _said(self, i: int, state: Any, step: Step) -> Any:
         """What member i says; where in the composition the writer is reaches only the member that holds it."""
-        place, *inner = step.muted or (-1,)
+        if not step.muted:
+            return self.rules[i].step(state, step)
+        place, *inner = step.muted
         if place == i and not inner:
             return state, KEEP
         return self.rules[i].step(state, step._replace(muted=tuple(inner) if place == i else ()))
