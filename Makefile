@@ -81,6 +81,7 @@ bench: $(VENV)/.stamp-demo
 		--json .cache/benchmark/engines_vllm.json
 	$(BIN)/python -m benchmark.tries
 	$(BIN)/python -m benchmark.backtracking
+	$(BIN)/python -m benchmark.backtracking --phrases
 	$(BIN)/python -m benchmark.grammars
 	$(BIN)/python -m benchmark.grammars --masks
 	$(BIN)/python -m benchmark.smc

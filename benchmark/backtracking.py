@@ -4,13 +4,17 @@ Two tasks with the same settings for all: an operator (`ProbabilityThreshold`) b
 phrases beside backtrack_sampler. Walks start from one short prompt and each commit a number of tokens. The libraries
 have one walk at a time, so theirs is measured once and is the rate for any number of walks; ours are coroutines. They
 run in turn, round after round, each in a process of its own; the first round warms up.
+
+`python -m benchmark.backtracking --phrases` needs no model: what a list of 10 to 10,000 phrases costs per token.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
+import random
 import statistics
 import sys
 import time
@@ -73,6 +77,9 @@ PYTHONS = {"backtracking_llm": backtracking_llm_python, "backtrack_sampler": bac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 if both tasks were measured."""
     options = _parser().parse_args(arguments)
+    if options.phrases:
+        print(phrases_table(options.repeats, options.seed))
+        return 0
     console = Console(stderr=True)
     report: dict[str, Any] = {
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -94,6 +101,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if len(report["tasks"]) == len(TASKS) else 1
+
+
+PHRASE_LISTS = (10, 100, 1_000, 10_000)
+_N_WORDS, _N_TOKENS = 400, 2_000
+
+
+def phrases_table(repeats: int, seed: int) -> str:
+    """Microseconds of one step of `phrases` per token, by the number of phrases, as Markdown."""
+    table = markdown_table(
+        ["phrases", "median, microseconds a token", "95 in 100 below"],
+        [
+            [f"{n:,}", f"{statistics.median(costs):.1f}", f"{statistics.quantiles(costs, n=20)[-1]:.1f}"]
+            for n in PHRASE_LISTS
+            for costs in [phrase_costs(n, repeats, seed)]
+        ],
+    )
+    notes = [
+        machine_line(describe_machine()),
+        f"{_N_TOKENS:,} tokens, each half of a word of {_N_WORDS}; phrases of two of these words; each token is "
+        f"the median of {repeats} runs; nothing is taken back; one thread, no model",
+        f"commit {commit()['id'][:12]}",
+    ]
+    return with_notes(table, notes)
+
+
+def phrase_costs(n_phrases: int, repeats: int, seed: int) -> list[float]:
+    """Microseconds of one step of a rule that bans so many phrases, for each token of a text."""
+    from genlm_backend.backtracking import Prompt, Step, phrases
+
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklm", k=6)) for _ in range(_N_WORDS)]
+    rule = phrases([f"{a} {b}" for a, b in rng.sample(list(itertools.permutations(words, 2)), n_phrases)])
+    text = rng.choices(words, k=_N_TOKENS // 2)
+    steps = [
+        Step(i, piece.encode(), (), -1.0, -1.0)
+        for i, piece in enumerate(piece for word in text for piece in (f" {word[:3]}", word[3:]))
+    ]
+    runs: list[list[float]] = []
+    for _ in range(repeats):
+        state, costs = rule.init(Prompt((), ())), []
+        for step in steps:
+            started = time.perf_counter_ns()
+            state, _ = rule.step(state, step)
+            costs.append((time.perf_counter_ns() - started) / 1e3)
+        runs.append(costs)
+    return [statistics.median(of_token) for of_token in zip(*runs, strict=True)]
 
 
 def _measure(task: Task, options: argparse.Namespace, patience: Patience, console: Console) -> dict[str, Any]:
@@ -197,6 +250,7 @@ def _shown(rates: Sequence[float]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Committed tokens per second of backtracking walks.")
+    parser.add_argument("--phrases", action="store_true", help="only what a list of phrases costs per token")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--walks", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64])
     parser.add_argument("--steps", type=int, default=48, help="tokens each walk commits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple, Self
@@ -14,6 +15,8 @@ from genlm_backend.backtracking.walk import Budget, Outcome, Walk, walk
 from genlm_backend.batching import run_sync
 from genlm_backend.llm import AsyncTransformer, load_model_by_name
 from genlm_backend.llm.base import AsyncLM
+
+logger = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
@@ -143,7 +146,9 @@ class Generator:
         with operator_in_use(operator, self._decode, backtrack_every_n) as rules:
             options |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
             options["rules"] = [*rules, *rules_of(options.get("rules", ()))]
-            return await walk(self.llm, prompt, stop=stop_sequences or (), **options)
+            outcome = await walk(self.llm, prompt, stop=stop_sequences or (), **options)
+        _tell(outcome)
+        return outcome
 
     @asynccontextmanager
     async def walking(
@@ -152,7 +157,10 @@ class Generator:
         """The walk of one text, to iterate over; `options` are those of `walk`."""
         with operator_in_use(operator, self._decode, backtrack_every_n) as rules:
             options["rules"] = [*rules, *rules_of(options.get("rules", ()))]
-            yield walk(self.llm, prompt, **options)
+            walking = walk(self.llm, prompt, **options)
+            yield walking
+        if walking.is_done and logger.isEnabledFor(logging.DEBUG):
+            _tell(walking.outcome())
 
     def _decode(self, token_id: int) -> str:
         return decoded(self.llm, token_id)
@@ -301,6 +309,12 @@ def operator_in_use(operator: Any, decode: Callable[[int], str], every_n: int) -
         IN_USE.give_back(own)
         assert isinstance(rule, CallableRule)
         rule.rewind(0)
+
+
+def _tell(outcome: Outcome) -> None:
+    """One record of what a text came to."""
+    n = len(outcome.token_ids)
+    logger.debug("%d tokens, %d drawn, %d rollbacks; ended by %s", n, outcome.n_draws, outcome.n_undos, outcome.reason)
 
 
 def as_language_model(model: Any, tokenizer: Any = None) -> AsyncLM:

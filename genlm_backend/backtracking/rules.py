@@ -367,16 +367,25 @@ class AllOf(Rule[tuple[Any, ...]]):
         return tuple(member.init(prompt) for member in self.rules)
 
     def step(self, state: tuple[Any, ...], step: Step) -> Any:
-        outcomes = [member.step(s, step) for member, s in zip(self.rules, state, strict=True)]
-        if step.muted:
-            self._mute(outcomes, state, step)
+        outcomes = self._outcomes(state, step)
         if any(inspect.isawaitable(outcome) for outcome in outcomes):
             return self._awaited(outcomes, len(step.piece))
         return self._joined(outcomes, len(step.piece))
 
-    def _mute(self, outcomes: list[Any], state: tuple[Any, ...], step: Step) -> None:
-        i, *inner = step.muted
-        outcomes[i] = self.rules[i].step(state[i], step._replace(muted=tuple(inner))) if inner else (state[i], KEEP)
+    def _outcomes(self, state: tuple[Any, ...], step: Step) -> list[Any]:
+        """What each member says; one that writes the token is not asked, nor told."""
+        if not step.muted:
+            return [member.step(s, step) for member, s in zip(self.rules, state, strict=True)]
+        return [self._said(i, s, step) for i, s in enumerate(state)]
+
+    def _said(self, i: int, state: Any, step: Step) -> Any:
+        """What member i says; where in the composition the writer is reaches only the member that holds it."""
+        if not step.muted:
+            return self.rules[i].step(state, step)
+        place, *inner = step.muted
+        if place == i and not inner:
+            return state, KEEP
+        return self.rules[i].step(state, step._replace(muted=tuple(inner) if place == i else ()))
 
     async def _awaited(self, outcomes: list[Any], n_bytes: int) -> tuple[tuple[Any, ...], Verdict]:
         known = [await outcome if inspect.isawaitable(outcome) else outcome for outcome in outcomes]

@@ -312,7 +312,9 @@ async def _ask_in_terminal(options: list[tuple[str, float | None]], text: str) -
 class ChainStrategy(BaseStrategy):
     """Several strategies; when several object to one token, only the first in the list acts.
 
-    What the others were about to write is dropped then.
+    The others are not asked then (`backtrack`), so what they would write is dropped. A strategy of a user's that is in
+    the midst of writing through `on_logits` when another takes tokens back learns of it as in backtrack_sampler: the
+    next list of tokens is shorter.
 
     Args:
         strategies: Of this file, or of users.
@@ -375,15 +377,10 @@ class StrategyRule(Rule[tuple[int, ...]]):
         return log_q
 
     def step(self, state: tuple[int, ...], step: Step) -> tuple[tuple[int, ...], Verdict]:
-        path = [*state, step.token_id]
-        probs = self._probs
-        if step.is_forced or probs is None:
-            probs = torch.zeros(1, max(len(step.byte_vocab), step.token_id + 1))
-            probs[0, step.token_id] = 1.0
-        self._strategy.on_next_token(list(path), probs)
+        path = self._told(state, step)
         kept = list(self._strategy.backtrack(list(path)))
         if kept == path:
-            return tuple(path), Keep(max(0, len(path) - self._strategy.get_keep_index()))
+            return tuple(path), self._keep(path)
         common = 0
         while common < min(len(kept), len(path)) and kept[common] == path[common]:
             common += 1
@@ -391,6 +388,46 @@ class StrategyRule(Rule[tuple[int, ...]]):
         if common == len(kept):
             return tuple(path), Undo(n, keep=1.0, why=why)
         return tuple(path), Splice(n, token_ids=tuple(kept[common:]), why=why)
+
+    def follow(self, state: tuple[int, ...], step: Step) -> tuple[tuple[int, ...], Verdict]:
+        """`step` where another one acts: told of the token, not asked what stays."""
+        path = self._told(state, step)
+        return tuple(path), self._keep(path)
+
+    def _told(self, state: tuple[int, ...], step: Step) -> list[int]:
+        path = [*state, step.token_id]
+        probs = self._probs
+        if step.is_forced or probs is None:
+            probs = torch.zeros(1, max(len(step.byte_vocab), step.token_id + 1))
+            probs[0, step.token_id] = 1.0
+        self._strategy.on_next_token(list(path), probs)
+        return path
+
+    def _keep(self, path: list[int]) -> Keep:
+        return Keep(max(0, len(path) - self._strategy.get_keep_index()))
+
+
+class Chain(AllOf):
+    """Rules of which the first in order that objects to a token acts; strategies of users after it are not asked."""
+
+    def __init__(self, rules: Sequence[Rule[Any]]) -> None:
+        super().__init__(rules, first_in_order=True)
+
+    def follow(self, state: tuple[Any, ...], step: Step) -> tuple[tuple[Any, ...], Verdict]:
+        """`step` where a member of an outer chain acts."""
+        joined: tuple[tuple[Any, ...], Verdict] = self._joined(self._outcomes(state, step, True), len(step.piece))
+        return joined
+
+    def _outcomes(self, state: tuple[Any, ...], step: Step, one_acts: bool = False) -> list[Any]:
+        outcomes: list[Any] = []
+        for i, (member, s) in enumerate(zip(self.rules, state, strict=True)):
+            if one_acts and isinstance(member, StrategyRule | Chain):
+                outcomes.append(member.follow(s, step._replace(muted=())))
+            else:
+                outcomes.append(self._said(i, s, step))
+            is_known = isinstance(outcomes[-1], tuple)  # not a coroutine
+            one_acts = one_acts or (is_known and not isinstance(outcomes[-1][1], Keep))
+        return outcomes
 
 
 def rule_of(strategy: BaseStrategy) -> Rule[Any]:
@@ -400,7 +437,7 @@ def rule_of(strategy: BaseStrategy) -> Rule[Any]:
         TypeError: It is no strategy.
     """
     if isinstance(strategy, ChainStrategy) and type(strategy).backtrack is ChainStrategy.backtrack:
-        return AllOf([rule_of(member) for member in strategy.strategies], first_in_order=True)
+        return Chain([rule_of(member) for member in strategy.strategies])
     if isinstance(strategy, RuleStrategy) and not _is_changed(type(strategy)):
         return strategy.rule()
     if isinstance(strategy, BaseStrategy):

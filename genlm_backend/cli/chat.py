@@ -25,9 +25,11 @@ HELP = """/help          this list
 /reset         begin a new conversation
 /save FILE     write the conversation as JSON
 /quit          end (also: exit, quit, end of input)
-Ctrl-C         stop an answer; what has been said so far stays in the conversation"""
+Ctrl-C         stop an answer; what has been said so far stays in the conversation
+               at the prompt: discard the line; twice in a row on an empty line: end"""
 
-STRATEGIES = ("antislop", "creative", "adaptive_temperature", "human", "debug")
+STRATEGIES = ("antislop", "replace", "creative", "adaptive_temperature", "human", "debug")
+_ALIASES = {"anti_slop": "antislop", "creative_writing": "creative", "human_guidance": "human"}
 
 
 class Asked(NamedTuple):
@@ -44,9 +46,25 @@ Operator = Annotated[
 OperatorArgs = Annotated[
     list[str] | None, typer.Option("--operator-arg", help="key=value for the operator; repeatable.", metavar="K=V")
 ]
-Strategy = Annotated[str, typer.Option(help="antislop, creative, adaptive_temperature, human, debug, or none.")]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        help="antislop (with --ban), replace (with --replace), creative, adaptive_temperature, human, debug, or none; "
+        "chain:A,B,... is several, of which the first in the list acts where several object to one token."
+    ),
+]
 Bans = Annotated[list[str] | None, typer.Option("--ban", help="A phrase that must not come; repeatable.")]
-Verbosity = Annotated[int, typer.Option("-v", count=True, help="Tell each rollback; twice: everything.")]
+Replacements = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--replace",
+        help="Write TEXT where FIND comes; TEXT may be a JSON string; repeatable, the first goes first.",
+        metavar="FIND=TEXT",
+    ),
+]
+Verbosity = Annotated[
+    int, typer.Option("-v", count=True, help="Tell each rollback; twice: also what each text came to.")
+]
 
 
 def command(
@@ -55,6 +73,7 @@ def command(
     operator_arg: OperatorArgs = None,
     strategy: Strategy = "none",
     ban: Bans = None,
+    replace: Replacements = None,
     backtrack_every_n: Annotated[int, typer.Option(min=1, help="The operator looks at every n-th token.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token.")] = 1.0,
@@ -68,7 +87,7 @@ def command(
 ) -> None:
     """Talk with MODEL. Tokens that the operator or the strategy objects to are taken back before you see them."""
     log = tell_rollbacks(verbose)
-    make = asked_by(operator, operator_arg or [], strategy, ban or [])
+    make = asked_by(operator, operator_arg or [], strategy, ban or [], replace or [])
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -113,19 +132,38 @@ class Conversation:
             with suppress(ImportError):  # arrow keys edit the line and bring back earlier ones, where Python has it
                 import readline  # noqa: F401
             self._console.print(Text("/help tells what you can type", style="dim"))
+        is_warned = False
         while True:
             try:
-                line = input("> " if self._is_terminal else "").strip()
-            except (EOFError, KeyboardInterrupt):
-                if self._is_terminal:
-                    self._console.print()
-                return
-            if line in ("exit", "quit", "/quit", "/exit"):
-                return
-            if line.startswith("/"):
-                self._do(*line.split(maxsplit=1))
-            elif line:
-                self._answer(line)
+                if not self._turn():
+                    return
+                is_warned = False
+            except KeyboardInterrupt:  # at the prompt, or just after an answer: one alone must not lose what was said
+                if not self._is_terminal:
+                    return
+                self._console.print()
+                is_empty = not _typed()
+                if is_warned and is_empty:
+                    return
+                is_warned = is_empty
+                if is_empty:
+                    self._console.print(Text("Ctrl-C once more, or /quit, ends the conversation", style="dim"))
+
+    def _turn(self) -> bool:
+        """Read a line and do what it says; whether there may be another."""
+        try:
+            line = input("> " if self._is_terminal else "").strip()
+        except EOFError:
+            if self._is_terminal:
+                self._console.print()
+            return False
+        if line in ("exit", "quit", "/quit", "/exit"):
+            return False
+        if line.startswith("/"):
+            self._do(*line.split(maxsplit=1))
+        elif line:
+            self._answer(line)
+        return True
 
     def _do(self, name: str, argument: str = "") -> None:
         match name:
@@ -147,12 +185,14 @@ class Conversation:
         self.messages.append({"role": "user", "content": question})
         said: list[str] = []
         try:
-            asyncio.run(self._tell(said))
-        except KeyboardInterrupt:
-            self._console.print(Text(" (stopped)", style="dim"), end="")
-        self._console.print()
-        self._log.is_mid_line = False
-        self.messages.append({"role": "assistant", "content": "".join(said)})
+            try:
+                asyncio.run(self._tell(said))
+            except KeyboardInterrupt:
+                self._console.print(Text(" (stopped)", style="dim"), end="")
+            self._console.print()
+        finally:
+            self._log.is_mid_line = False
+            self.messages.append({"role": "assistant", "content": "".join(said)})
 
     async def _tell(self, said: list[str]) -> None:
         async for piece in self._pieces():
@@ -184,34 +224,71 @@ def load(model: str, backend: str | None, device: str | None) -> Generator:
     return Generator(llm)
 
 
-def asked_by(operator: str, operator_args: list[str], strategy: str, bans: list[str]) -> Callable[[Any], Asked]:
+def asked_by(
+    operator: str, operator_args: list[str], strategy: str, bans: list[str], replacements: list[str]
+) -> Callable[[Any], Asked]:
     """What makes the operator and the rules for a model; wrong names end the command before a model is loaded."""
     made = operator_by_name(operator, operator_args)
-    name = _snake(strategy.removesuffix("Strategy"))
-    aliases = {"anti_slop": "antislop", "creative_writing": "creative", "human_guidance": "human"}
-    name = aliases.get(name, name)
-    if name not in (*STRATEGIES, "none"):
-        raise typer.BadParameter(f"{strategy!r}; expected none, {', '.join(STRATEGIES)}", param_hint="--strategy")
-    if name == "antislop" and not bans:
+    names = _strategy_names(strategy)
+    pairs = [_replacement(text) for text in replacements]
+    if "antislop" in names and not bans:
         raise typer.BadParameter("antislop needs phrases: --ban 'a rich tapestry'", param_hint="--strategy")
+    if "replace" in names and not pairs:
+        raise typer.BadParameter("replace needs what to write: --replace 'So=But'", param_hint="--strategy")
 
     def make(llm: Any) -> Asked:
-        from genlm_backend.backtracking import phrases
         from genlm_backend.backtracking import strategies as ours
-        from genlm_backend.backtracking.strategies import rule_of
 
-        rules: list[Any] = [phrases(bans)] if bans else []
-        kinds: dict[str, Callable[[], Any]] = {
-            "creative": lambda: ours.CreativeWritingStrategy(llm),
-            "adaptive_temperature": lambda: ours.AdaptiveTemperatureStrategy(),
-            "human": lambda: ours.HumanGuidanceStrategy(llm),
-            "debug": lambda: ours.DebugStrategy(llm),
+        kinds: dict[str, Callable[[], list[ours.BaseStrategy]]] = {
+            "antislop": lambda: [ours.AntiSlopStrategy(llm, bans)],
+            "replace": lambda: [ours.ReplaceStrategy(llm, find, text) for find, text in pairs],
+            "creative": lambda: [ours.CreativeWritingStrategy(llm)],
+            "adaptive_temperature": lambda: [ours.AdaptiveTemperatureStrategy()],
+            "human": lambda: [ours.HumanGuidanceStrategy(llm)],
+            "debug": lambda: [ours.DebugStrategy(llm)],
         }
-        if name in kinds:
-            rules.append(rule_of(kinds[name]()))
+        beside = [name for name, given in (("antislop", bans), ("replace", pairs)) if given and name not in names]
+        rules = [ours.rule_of(member) for name in beside for member in kinds[name]()]
+        members = [member for name in names for member in kinds[name]()]
+        if members:
+            rules.append(ours.rule_of(members[0] if len(members) == 1 else ours.ChainStrategy(members)))
         return Asked(made, rules, {})
 
     return make
+
+
+def _strategy_names(text: str) -> list[str]:
+    """Of `none`, of a strategy, of the members of `chain:A,B,...`."""
+    if text == "none":
+        return []
+    kind, _, members = text.partition(":")
+    if _strategy_name(kind) == "chain":
+        names = [_strategy_name(member) for member in members.split(",") if member]
+        if not names:
+            raise typer.BadParameter("chain needs its members: chain:replace,antislop", param_hint="--strategy")
+    else:
+        names = [_strategy_name(text)]
+    for name in names:
+        if name not in STRATEGIES:
+            expected = ", ".join(STRATEGIES)
+            raise typer.BadParameter(f"{name!r}; expected none, {expected}, or chain:A,B,...", param_hint="--strategy")
+    return names
+
+
+def _strategy_name(text: str) -> str:
+    name = _snake(text.strip().removesuffix("Strategy"))
+    return _ALIASES.get(name, name)
+
+
+def _replacement(text: str) -> tuple[str, str]:
+    find, equals, written = text.partition("=")
+    if not (equals and find):
+        raise typer.BadParameter(f"{text!r}; expected FIND=TEXT", param_hint="--replace")
+    try:
+        known = json.loads(written)
+    except json.JSONDecodeError:
+        known = None
+    return find, known if isinstance(known, str) else written
 
 
 def operator_by_name(name: str, arguments: list[str]) -> Any:
@@ -262,6 +339,15 @@ def _read(argument: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
+
+
+def _typed() -> str:
+    """What stands on the line that was interrupted, where Python has readline; without it, nothing is known."""
+    try:
+        import readline
+    except ImportError:
+        return ""
+    return readline.get_line_buffer()
 
 
 def _snake(name: str) -> str:

@@ -20,6 +20,7 @@ from genlm_backend.cli.chat import (
     Bans,
     Operator,
     OperatorArgs,
+    Replacements,
     Strategy,
     Verbosity,
     asked_by,
@@ -41,6 +42,7 @@ def command(
     operator_arg: OperatorArgs = None,
     strategy: Strategy = "none",
     ban: Bans = None,
+    replace: Replacements = None,
     mode: Annotated[str, typer.Option(help="What is sampled: local, exact, first, mask or none.")] = "local",
     backtrack_every_n: Annotated[int, typer.Option(min=1, help="The operator looks at every n-th token.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Most tokens of a text.")] = 100,
@@ -65,7 +67,7 @@ def command(
     if mode not in MODES:
         raise typer.BadParameter(f"{mode!r}; expected {', '.join(MODES)}", param_hint="--mode")
     tell_rollbacks(verbose)
-    make = asked_by(operator, operator_arg or [], strategy, ban or [])
+    make = asked_by(operator, operator_arg or [], strategy, ban or [], replace or [])
     prompts = _prompts(file) if file is not None else [sys.stdin.read() if prompt == "-" else prompt or ""]
     generator = load(model, backend, device)
     asked = make(generator.llm)

@@ -41,6 +41,10 @@ DEFECTS = {
         "bans belong to positions": "strategies.test_bans_belong_to_prefixes_not_to_positions",
         "inner capitals and other segmentations are missed": "phrases.test_a_phrase_is_found_across_tokens",
         "a phrase may begin in the prompt": "phrases.test_a_phrase_that_begins_in_the_prompt_is_found",
+        "a phrase of a kept head and a new tail is not searched": "phrases.test_a_phrase_of_a_kept_head_and_a_new_tail_"
+        "is_found",
+        "a chain of users' strategies asks all of them": "strategies.test_of_several_strategies_of_users_that_fire_"
+        "only_the_first_in_the_list_acts",
         "the scan is quadratic in the text, for each phrase": "smollm2.test_a_thousand_phrases_cost_little_per_token",
         "in a chain, the tail of a replacement goes on without its head": "strategies.test_in_a_chain_the_first_that_"
         "objects_acts_and_pending_text_is_dropped",
@@ -56,6 +60,8 @@ DEFECTS = {
         "the replacement is drawn at another temperature": "modes.test_temperature_and_top_k_condition_the_filtered_"
         "model",
         "phrases are found within words": "strategies.test_a_word_inside_another_is_left_alone",
+        "a phrase with capitals is looked up in lower case, and not found": "phrases.test_a_phrase_with_capitals_is_"
+        "found_in_any_case_as_a_whole",
         "penalties compound with every look at the same match": "modes.test_a_penalty_in_mode_exact_scales_each_match_"
         "once",
         "streamed tokens are not those that were drawn": "walk.test_what_is_final_never_changes",
@@ -70,6 +76,9 @@ DEFECTS = {
         "text outside the grammar is returned": "guide.test_what_is_outside_the_grammar_is_never_said_to_be_in_it",
         "unfinished text costs a correction": "guide.test_unfinished_text_costs_no_correction",
         "text cut inside a terminal is judged wrong": "parser.test_unfinished_text_is_alive",
+        "where more than one token is healed, too much is dropped": "guide.test_several_tokens_are_healed_at_one_seam",
+        "greedy choices of a second model, from no stated distribution": "grammar_rule.test_exact_walks_draw_from_the_"
+        "model_given_the_grammar",
         "a grammar of the empty text crashes": "guide.test_a_grammar_of_nothing_too_has_a_text",
         "a path is read as a grammar": "parser.test_grammars_come_from_text_paths_and_names",
     },

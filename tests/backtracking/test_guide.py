@@ -19,6 +19,7 @@ import genlm_backend.backtracking as backtracking
 from genlm_backend.backtracking import OpenAICompatible, aguide, choose_candidate, guide, load_parser
 from genlm_backend.errors import InvalidGrammar, InvalidQuery
 from genlm_backend.llm import MockAsyncLM
+from tests.backtracking.speaker import chooser, speaker
 
 SQL = "SELECT * FROM students WHERE name SIMILAR TO 'Dan%';"
 
@@ -175,6 +176,35 @@ async def test_the_picture_shows_what_was_healed(tiny_tokenizer_512: PreTrainedT
             kinds[heals] = {how for result in results for how, _ in spans(result.html)}
             assert all("healed</span>" in str(result.html).split("</pre>")[1] for result in results), "in the legend"
     assert "healed" in kinds[True] and "healed" not in kinds[False]
+
+
+async def test_several_tokens_are_healed_at_one_seam() -> None:
+    """Two tokens too many were dropped in others' code where more than one was healed: the context was not the text."""
+    vocab = [b"<p>", b"S", b"E", b"L", b"SEL", b"ECT", b" x", b"<eos>", b" y"]
+    longest = {b"<p>SEL": [0, 1, 2, 3], b"<p>SELECT": [0, 4, 5], b"<p>SELECT x": [0, 4, 5, 6]}
+
+    class Letters:
+        eos_token_id = 7
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return longest[text.encode()]
+
+    says = chooser(
+        otherwise={"SEL": 0.9, "S": 0.1}, S={"E": 1.0}, SE={"L": 1.0}, SEL={"ECT": 1.0}, SELECT={" x": 1.0},
+        **{" x": {"<eos>": 1.0}},
+    )  # fmt: skip
+    for heals in (True, False):
+        llm = speaker(vocab, says, [b"<p>", b"<eos>"])
+        llm.tokenizer = Letters()
+        parser = load_parser('start: "SELECT x"')
+        result = await aguide(llm, parser, "<p>", seed_str="SEL", token_healing=heals, temperature=0.0)
+        assert (result.response, result.valid, result.num_grammar_corrections) == ("SELECT x", True, 0)
+        asked = llm._service.engine.asked  # type: ignore[attr-defined]
+        assert ((0, 4) in asked) == heals, "the three letters became the one token that the model prefers"
+        assert ((0, 1, 2, 3) in asked) != heals
+        assert all(b"<p>SELECT x<eos>".startswith(b"".join(vocab[i] for i in ids)) for ids in asked)
+        assert (("healed", "SEL") in spans(result.html)) == heals
+        await llm.aclose()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import string
 
 import pytest
 
-from genlm_backend.backtracking import Keep, Prompt, Step, Undo, phrases, regexes, walk
+from genlm_backend.backtracking import Keep, Prompt, Retract, Step, Undo, phrases, regexes, walk
 from genlm_backend.backtracking.automaton import Automaton
 from genlm_backend.tokenization import Token
 from tests.backtracking.speaker import chooser, speaker
@@ -50,6 +50,17 @@ def undos(rule, pieces, **options):
 )
 def test_a_phrase_is_found_across_tokens(phrase, pieces, expected):
     assert undos(phrases(phrase), pieces) == expected
+
+
+@pytest.mark.parametrize("said", ["Elara", "elara", "ELARA", "eLaRa"])
+def test_a_phrase_with_capitals_is_found_in_any_case_as_a_whole(said):
+    """Kept in its own case and read in lower case, it is not found, and only its first token is penalised."""
+    pieces = [b" the", b" " + said[:2].encode(), said[2:].encode(), b"."]
+    verdicts, _ = fed(phrases({"Elara": 0.25}), pieces)
+    assert [verdict.keep for verdict in verdicts if isinstance(verdict, Undo)] == [0.25]
+    assert undos(phrases({"Elara": 0.25}), pieces) == [(3, 3)]
+    assert undos(phrases("Elara", fold=False), pieces) == ([(3, 3)] if said == "Elara" else [])
+    assert undos(phrases("Elara"), [b" El", b"bow", b"."]) == [], "its first token alone is innocent"
 
 
 def test_without_edges_and_with_case():
@@ -128,6 +139,21 @@ def test_expressions_hold_back_a_partial_match_and_refuse_the_empty_one():
         regexes("(")
 
 
+def test_ten_thousand_phrases_find_what_a_plain_search_finds():
+    rng = random.Random(2)
+    words = ["".join(rng.choices(string.ascii_lowercase[:6], k=rng.randint(2, 4))) for _ in range(400)]
+    pairs = sorted({f"{a} {b}" for a, b in itertools.product(words, words)})
+    banned = rng.sample(pairs, 10_000)
+    rule, known, n_found = phrases(banned), set(banned), 0
+    for _ in range(60):
+        said = [rng.choice(words) for _ in range(6)]
+        pieces = [piece for word in said for piece in (f" {word[:2]}".encode(), word[2:].encode()) if piece]
+        expected = [i for i, pair in enumerate(itertools.pairwise(said)) if " ".join(pair) in known]
+        n_found += bool(expected)
+        assert bool(undos(rule, pieces)) == bool(expected), said
+    assert 5 < n_found < 55
+
+
 VOCAB = [b"<prompt>", b"a", b" rich", b" tapestry", b" of", b" cloth", b".", b" So", b"me", b"<eos>"]
 SAYS = chooser(
     otherwise={" rich": 1.0},
@@ -148,6 +174,24 @@ async def test_mode_first_also_removes_what_is_innocent():
     async with speaker(VOCAB, SAYS) as llm:
         outcome = await walk(llm, [1], phrases("Rich Tapestry"), eos=[9], mode="first", seed=0, max_new_tokens=8)
         assert outcome.n_undos >= 1 and not outcome.text.startswith(" rich")  # as AntiSlop does
+
+
+async def test_a_phrase_of_a_kept_head_and_a_new_tail_is_found():
+    """` rich` stays when ` cloth` is taken back; what then comes makes the other phrase with it."""
+    says = chooser(
+        otherwise={" rich": 1.0},
+        **{" rich": {" cloth": 0.6, " tapestry": 0.39, " of": 0.01}, " of": {".": 1.0}, ".": {"<eos>": 1.0}},
+        **{" cloth": {".": 1.0}, " tapestry": {".": 1.0}},
+    )
+    whys = []
+    async with speaker(VOCAB, says) as llm:
+        for seed in range(20):
+            outcome = await walk(llm, [1], phrases(["cloth", "rich tapestry"]), eos=[9], seed=seed, max_new_tokens=8)
+            assert "cloth" not in outcome.text and "rich tapestry" not in outcome.text
+            whys.append([(e.why, e.length) for e in outcome.events if isinstance(e, Retract)])
+    spanning = [told for told in whys if [length for _, length in told][:2] == [1, 0]]
+    assert spanning, "the tail is taken back, then head and new tail"
+    assert all("cloth" in told[0][0] and "rich tapestry" in told[1][0] for told in spanning)
 
 
 async def test_once_the_word_has_ended_all_its_ends_are_removed_together():

@@ -275,6 +275,81 @@ def test_a_strategy_of_a_users_runs_alone_and_64_at_once(in_chain):
     assert any(" it." in "".join(text) for text in together) != in_chain
 
 
+class Writes(BaseStrategy):
+    """Takes a token back and forces others in its place, as backtrack_sampler's ReplaceStrategy does."""
+
+    def __init__(self, find, text):
+        self.find, self.ids = VOCAB.index(find), Words().encode(text)
+        self.reset()
+
+    def reset(self):
+        self.pending, self.keep, self.n_told = [], 0, 0
+
+    def get_keep_index(self):
+        return self.keep
+
+    def on_logits(self, logits, continuation_tokens):
+        if self.pending:
+            logits = torch.full_like(logits, float("-inf"))
+            logits[:, self.pending[0]] = 0.0
+        return logits
+
+    def on_probs(self, probs, continuation_tokens):
+        return probs
+
+    def on_next_token(self, continuation_tokens, probs):
+        self.n_told += 1
+        self.keep = len(continuation_tokens) - 1
+        self.pending = self.pending[1:]
+
+    def backtrack(self, continuation_tokens):
+        if continuation_tokens[-1] != self.find:
+            return continuation_tokens
+        self.pending = list(self.ids)
+        return continuation_tokens[:-1]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_of_several_strategies_of_users_that_fire_only_the_first_in_the_list_acts(nested):
+    """Asked after another has acted, the second would write its own text, in backtrack_sampler by lot."""
+    llm = model(otherwise={" So": 1.0}, it={"<eos>": 1.0}, me={"<eos>": 1.0})
+    for texts, expected in (((" But let me", " it"), " But let me<eos>"), ((" it", " But let me"), " it<eos>")):
+        own = [Writes(b" So", text) for text in texts]
+        second = ChainStrategy(own[1:]) if nested else own[1]
+        assert text_of(llm, ChainStrategy([own[0], second])) == expected
+    asked_all = [Writes(b" So", text) for text in (" But let me", " it")]
+
+    class AsksAll(ChainStrategy):
+        def backtrack(self, continuation_tokens):
+            for strategy in self.strategies:
+                kept = strategy.backtrack(list(continuation_tokens))
+            return kept
+
+    assert text_of(llm, AsksAll(asked_all)) != " But let me<eos>", "the mutant: all are asked"
+
+
+@pytest.mark.parametrize("ours_first", [False, True])
+def test_in_a_chain_of_a_users_strategy_and_one_of_ours_the_first_acts(ours_first):
+    llm = model(otherwise={" So": 1.0}, it={"<eos>": 1.0}, me={"<eos>": 1.0}, So={".": 1.0})
+    user, ours = Writes(b".", " it"), ReplaceStrategy(llm, "So.", " But let me")
+    chain = ChainStrategy([ours, user] if ours_first else [user, ours])
+    assert text_of(llm, chain) == (" But let me<eos>" if ours_first else " So it<eos>")
+
+
+def test_a_strategy_of_a_users_that_did_not_act_is_told_of_every_token():
+    llm = model(otherwise={" So": 1.0}, it={"<eos>": 1.0})
+    counts = []
+
+    class Counts(Writes):
+        def reset(self):
+            counts.append(getattr(self, "n_told", 0))
+            super().reset()
+
+    chain = ChainStrategy([Writes(b" So", " it"), Counts(b"c", "")])
+    assert text_of(llm, chain) == " it<eos>"
+    assert max(counts) == 3, "the one taken back, what was written, and the end"
+
+
 def test_a_strategy_that_builds_on_one_of_ours():
     class Louder(AntiSlopStrategy):
         n_calls = 0

@@ -7,6 +7,7 @@ import io
 import re
 from html.parser import HTMLParser
 
+import pytest
 from rich.console import Console
 
 from genlm_backend.backtracking import Replace, Trace, phrases, walk
@@ -14,7 +15,7 @@ from genlm_backend.backtracking.trace import pieces_of
 from genlm_backend.backtracking.walk import Forced, Retract, Token
 from tests.backtracking.speaker import chooser, speaker
 
-VOCAB = [b"<p>", b"<script>", b" So", b" it", b".", b"\xc3", b"\xa9", b"\x1b[2J", b"So"]
+VOCAB = [b"<p>", b"<script>", b" So", b" it", b".", b"\xc3", b"\xa9", b"\x1b[2J", b"So", b".So"]
 
 
 def outcome_of(rules, **likely):
@@ -51,12 +52,22 @@ def test_the_kept_pieces_are_the_text():
     assert any("'so'" in p.note for p in pieces if p.kind == "retracted")
 
 
-def test_a_healed_seam_is_told_apart():
-    llm = speaker(VOCAB, chooser(otherwise={" it": 0.5, ".": 0.5}))
-    # The tokenizer joins "." and "So" anew: the token before is rewritten.
-    walking = walk(llm, [0], Replace(" it", "So"), max_new_tokens=3, eos=(), seed=3, encode=lambda text: [4, 4, 8])
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_healed_seam_is_told_apart(joins):
+    """Where the tokenizer joins "." and "So" into one token, the token before is written anew; else it stays."""
+    llm = speaker(VOCAB, chooser(otherwise={".": 1.0}, **{".": {" it": 1.0}}))
+    rules = [Replace(" it", "So"), lambda step: None]  # the second may take back all: the token before is not final
+    encode = {b".So": [9] if joins else [4, 8]}.__getitem__
+    walking = walk(llm, [0], rules, max_new_tokens=2, eos=(), seed=3, encode=encode)
     outcome = asyncio.run(_finished(walking))
-    assert {p.kind for p in pieces_of(outcome.events)} >= {"kept", "retracted", "forced"}
+    assert outcome.text == (".So." if joins else ".So"), "joined, there is room for another token"
+    pieces = [(p.text, p.kind) for p in pieces_of(outcome.events)]
+    if joins:
+        assert pieces[:3] == [(b".", "retracted"), (b" it", "retracted"), (b".So", "healed")]
+        assert '<span class="healed"' in Trace.of(llm, outcome).to_html()
+    else:
+        assert pieces == [(b".", "kept"), (b" it", "retracted"), (b"So", "forced")]
+    assert ("healed" in {kind for _, kind in pieces}) == joins
 
 
 def test_a_page_is_of_its_own_and_nothing_in_it_acts():

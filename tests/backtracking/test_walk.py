@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from genlm_backend import sampling
-from genlm_backend.backtracking import Budget, Forced, Overlay, Replace, Retract, Undo, phrases, rule, walk
+from genlm_backend.backtracking import Budget, Forced, Overlay, Replace, Retract, Undo, all_of, phrases, rule, walk
 from genlm_backend.backtracking.distribution import gumbel_at
 from genlm_backend.errors import InvalidQuery, RuleRefused, WalkExhausted
 from genlm_backend.testing import FakeEngine, check_idle, fake_language_model
@@ -102,6 +102,17 @@ async def test_of_two_rules_on_one_token_the_one_that_reaches_further_counts():
     outcome = await said([near, far], likely=likely, seed=3)
     whys = [(e.why, e.length) for e in outcome.events if isinstance(e, Retract)]
     assert outcome.text == "bbbb" and {("far", 0)} <= set(whys) and all(w == "far" or n == 0 for w, n in whys)
+
+
+@pytest.mark.parametrize("others", [(), ("c",), ("c", "d")])
+async def test_only_the_rule_that_writes_is_not_asked_about_it_wherever_the_others_are_grouped(others):
+    """Where the writer is in the composition must not be read as a place in a group beside it."""
+    group = all_of(*(phrases(other) for other in others), phrases("b", words=False))
+    writer = Replace("a", "b", words=False)
+    likely = {"otherwise": {"a": 0.9, " here": 0.1}}
+    for rules in ([group, writer], [group, phrases("e"), phrases("f"), writer], [phrases("e"), writer, group]):
+        outcome = await said(rules, likely=likely)
+        assert outcome.text == " here" * 4, "what it would write is banned by another"
 
 
 async def test_what_is_final_never_changes():

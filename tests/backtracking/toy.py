@@ -14,7 +14,7 @@ import random
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -60,6 +60,10 @@ class Toy:
     def texts(self) -> list[Text]:
         return list(itertools.product(range(self.n_tokens), repeat=self.length))
 
+    def tokens(self, prefix: Text) -> Iterable[int]:
+        """Those that may follow a prefix."""
+        return range(self.n_tokens)
+
     def p(self, prefix: Text) -> float:
         """Of the last token of a prefix."""
         return float(self.chain[(self.prompt[-1], *prefix)[len(prefix) - 1], prefix[-1]])
@@ -89,7 +93,8 @@ class Toy:
                 continue
             law[text] = self.probability(text)
             for i in range(self.length):
-                law[text] /= sum(self.p((*text[:i], v)) for v in range(self.n_tokens) if not self.match((*text[:i], v)))
+                nexts = [(*text[:i], v) for v in self.tokens(text[:i])]
+                law[text] /= sum(self.p(new) for new in nexts if not self.match(new))
         return law
 
     def after_removals(self, first: bool) -> Law:
@@ -101,15 +106,15 @@ class Toy:
                 return 0.0
             if not any(r[: len(prefix)] == prefix for r in removed):
                 return 1.0
-            return sum(self.p((*prefix, v)) * alive((*prefix, v), removed) for v in range(self.n_tokens))
+            return sum(self.p((*prefix, v)) * alive((*prefix, v), removed) for v in self.tokens(prefix))
 
         @cache
         def law(at: Text, removed: frozenset[Text]) -> tuple[tuple[Text, float], ...]:
             if len(at) == self.length:
                 return ((at, 1.0),)
-            weights = [self.p((*at, v)) * alive((*at, v), removed) for v in range(self.n_tokens)]
+            weights = {v: self.p((*at, v)) * alive((*at, v), removed) for v in self.tokens(at)}
             mixed: Counter[Text] = Counter()
-            for v, weight in enumerate(weights):
+            for v, weight in weights.items():
                 new = (*at, v)
                 n = self.match(new)
                 if weight == 0:
@@ -118,7 +123,7 @@ class Toy:
                 fault = new[: len(back) + 1] if first else new
                 after = known(back, removed | {fault}) if n else known(new, removed)
                 for text, q in after:
-                    mixed[text] += weight / sum(weights) * q
+                    mixed[text] += weight / sum(weights.values()) * q
             return tuple(mixed.items())
 
         def known(at: Text, removed: frozenset[Text]) -> tuple[tuple[Text, float], ...]:
@@ -141,7 +146,7 @@ class Toy:
             if len(at) == self.length:
                 return ((at, 1.0),)
             mixed: Counter[Text] = Counter()
-            for v in range(self.n_tokens):
+            for v in self.tokens(at):
                 new, weight = (*at, v), self.p((*at, v))
                 n = self.match(new)
                 for outcome, q in ((new[: len(new) - n], 1.0),) if n else law(new):
@@ -179,6 +184,31 @@ class Toy:
 
     def counts(self, mode: str, n: int, rules: object = None, seed: int = 0, **options: object) -> Counter[Text]:
         return Counter(tuple(outcome.token_ids) for outcome in self.walks(mode, n, rules, seed, **options))
+
+
+class Tree(Toy):
+    """The same laws for texts of a model that are enumerated: what may follow each prefix, and its probability.
+
+    Args:
+        nexts: From a prefix to the tokens that may follow it.
+        length: Of a text.
+        phrases: Banned.
+    """
+
+    def __init__(self, nexts: Mapping[Text, Mapping[int, float]], length: int, phrases: Sequence[Text]) -> None:
+        self.nexts, self.length, self.phrases = nexts, length, tuple(phrases)
+
+    def texts(self) -> list[Text]:
+        texts: list[Text] = [()]
+        for _ in range(self.length):
+            texts = [(*text, v) for text in texts for v in self.nexts[text]]
+        return texts
+
+    def tokens(self, prefix: Text) -> Iterable[int]:
+        return self.nexts[prefix]
+
+    def p(self, prefix: Text) -> float:
+        return self.nexts[prefix[:-1]][prefix[-1]]
 
 
 class DirectModel:

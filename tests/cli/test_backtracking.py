@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import select
@@ -16,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from genlm_backend.cli import app
-from genlm_backend.cli.chat import operator_by_name
+from genlm_backend.cli.chat import asked_by, operator_by_name
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -73,6 +74,12 @@ def test_commands_save_and_reset_and_unknown_ones(model, tmp_path):
         (("--operator", "repetition", "--operator-arg", "nonsense=1"), "nonsense"),
         (("--operator-arg", "a=1"), "no operator"),
         (("--strategy", "antislop"), "--ban"),
+        (("--strategy", "nonsense"), "replace"),
+        (("--strategy", "nonsense"), "chain:"),
+        (("--strategy", "replace"), "--replace"),
+        (("--strategy", "replace", "--replace", "So"), "FIND=TEXT"),
+        (("--strategy", "chain"), "chain:replace,antislop"),
+        (("--strategy", "chain:creative,nonsense"), "'nonsense'"),
     ],
 )
 def test_wrong_names_exit_with_2_and_tell_the_right_ones(model, arguments, told):
@@ -86,6 +93,60 @@ def test_wrong_names_exit_with_2_and_tell_the_right_ones(model, arguments, told)
 def test_operators_by_both_names(name):
     assert operator_by_name(name, ["ngram_size=2"]).ngram_size == 2
     assert operator_by_name("none", []) is None
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_one_v_tells_rollbacks_and_two_what_a_text_came_to(model, command, quiet_after):
+    for flag, levels in ((None, ()), ("-v", ("INFO",)), ("-vv", ("INFO", "DEBUG"))):
+        quiet_after()
+        operator = ("--operator", "probability_threshold", "--operator-arg", "min_probability=0.02")
+        arguments = (*MOCK, *operator, "--max-new-tokens", "8", *([flag] if flag else []))
+        if command == "chat":
+            result = run("chat", model, *arguments, input="hello\n")
+        else:
+            result = run("generate", model, "the river", *arguments)
+        assert result.exit_code == 0, result.output
+        assert ("took back" in result.stderr) == ("INFO" in levels)
+        assert ("drawn, " in result.stderr and "ended by" in result.stderr and "DEBUG" in result.stderr) == (
+            "DEBUG" in levels
+        )
+        assert "took back" not in result.stdout
+
+
+@pytest.fixture
+def quiet_after():
+    """Takes away what `-v` sets for the whole process."""
+    logger = logging.getLogger("genlm_backend")
+    before, level = list(logger.handlers), logger.level
+
+    def quiet():
+        logger.handlers[:] = before
+        logger.setLevel(level)
+
+    yield quiet
+    quiet()
+
+
+def text_under(model, *arguments):
+    result = run("generate", model, "the river", *MOCK, "--max-new-tokens", "12", *arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_strategy_replaces_and_several_are_a_chain(model):
+    plain = text_under(model)
+    find = next(c for c in plain if c.isalpha())
+    for name in ("replace", "ReplaceStrategy"):
+        assert find in plain and "!!" not in plain
+        text = text_under(model, "--strategy", name, "--replace", f'{find}="!!"')
+        assert text == text_under(model, "--replace", f"{find}=!!"), "with its argument alone, too"
+    rules = asked_by("none", [], "chain:replace,AntiSlop,creative", ["e"], ["So=But", "a=b"])(None).rules
+    assert [type(rule).__name__ for rule in rules] == ["Chain"]
+    assert [type(rule).__name__ for rule in rules[0].rules] == ["Replace", "Replace", "Phrases", "Creative"]
+    assert (
+        "e"
+        not in text_under(model, "--strategy", "chain:antislop,replace", "--ban", "e", "--replace", "So=But").split()
+    )
 
 
 def test_one_prompt_gives_its_text_and_a_page(model, tmp_path):
@@ -167,7 +228,7 @@ print("FIRST", best.index(tokens[0]), len(tokens))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_person_chooses_in_a_terminal(model):
     down, up = "\x1bOB", "\x1bOA"
     terminal = Terminal("-c", HUMAN, model)
@@ -183,7 +244,7 @@ def test_a_person_chooses_in_a_terminal(model):
     assert "FIRST 1 2" in terminal.screen
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_answer_is_interrupted_without_losing_the_conversation(model, tmp_path):
     saved = tmp_path / "talk.json"
     terminal = Terminal(
@@ -203,6 +264,45 @@ def test_an_answer_is_interrupted_without_losing_the_conversation(model, tmp_pat
     assert terminal.wait() == 0
     said = json.loads(saved.read_text())
     assert [m["role"] for m in said] == ["user", "assistant"] and len(said[1]["content"]) > 50
+
+
+@pytest.mark.thorough
+def test_ctrl_c_at_the_prompt_ends_only_when_pressed_twice_on_an_empty_line(model, tmp_path):
+    saved = tmp_path / "talk.json"
+    hint, ctrl_c = "Ctrl-C once more", "\x03"
+    terminal = Terminal("-m", "genlm_backend.cli", "chat", model, *MOCK, "--max-new-tokens", "3")
+    terminal.wait_for("> ")
+    terminal.type("hello\r")
+    terminal.wait_for("> ", 2)
+    terminal.type(ctrl_c)
+    terminal.wait_for(hint)
+    terminal.wait_for("> ", 3)
+    terminal.type("half a lin")
+    terminal.wait_for("half a lin")
+    terminal.type(ctrl_c)  # discards what was typed
+    terminal.wait_for("> ", 4)
+    terminal.type(f"/save {saved}\r")
+    terminal.wait_for("saved to")
+    assert [m["content"] for m in json.loads(saved.read_text())][:1] == ["hello"]
+    terminal.wait_for("> ", 5)
+    terminal.type(ctrl_c)
+    terminal.wait_for(hint, 2)
+    terminal.wait_for("> ", 6)
+    terminal.type(ctrl_c)
+    assert terminal.wait() == 0, terminal.screen[-2000:]
+    assert "Traceback" not in terminal.screen and terminal.screen.count(hint) == 2
+
+
+@pytest.mark.thorough
+def test_a_file_of_prompts_shows_its_progress_in_a_terminal(model, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("the river\nthe fox\nthe city\n")
+    terminal = Terminal("-m", "genlm_backend.cli", "generate", model, "--file", str(file), *MOCK)
+    assert terminal.wait() == 0, terminal.screen[-2000:]
+    assert "texts" in terminal.screen and "3/3" in terminal.screen and "\u2501" in terminal.screen
+    assert terminal.screen.count('"prompt"') == 3
+    result = run("generate", model, "--file", str(file), *MOCK)
+    assert "3/3" not in result.output, "no bar where no one looks"
 
 
 def test_help_needs_no_model():
