@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from genlm_backend.backtracking.grammar_rule import GrammarRule
-from genlm_backend.backtracking.parser import Candidate, Parser
+from genlm_backend.backtracking.parser import Candidate, Parser, escaped
 from genlm_backend.backtracking.text_models import TextFunction, continuation
 from genlm_backend.backtracking.walk import walk
 from genlm_backend.backtracking.writing import bytes_of
@@ -293,7 +293,7 @@ class _FunctionWriter(_Writer):
         """What the function goes on with if it is a candidate; else the candidate that shares most with it."""
         said = (await continuation(self._function, prompt + prefix)).lstrip()
         for candidate in candidates:
-            found = re.match(candidate.text if candidate.is_regex else re.escape(candidate.text), said)
+            found = re.match(candidate.pattern, said)
             if found and found[0]:
                 return found[0]
         plain = [candidate.text for candidate in candidates if not candidate.is_regex]
@@ -314,7 +314,7 @@ class _ModelWriter(_Writer):
     async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool, int]:
         token_ids, healed = self._seam(prompt + text, text)
         self._n_written += 1
-        rules = [GrammarRule(Grammar.regex(self._llm, f"{_escaped(healed)}(?s:.*)"))] if healed else []
+        rules = [GrammarRule(Grammar.regex(self._llm, f"{escaped(healed)}(?s:.*)"))] if healed else []
         room = self._max_new_tokens + len(healed)
         outcome = await walk(
             self._llm,
@@ -336,13 +336,13 @@ class _ModelWriter(_Writer):
     async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
         """Greedily, among the texts of all candidates."""
         token_ids, healed = self._seam(prompt + prefix, prefix)
-        options = "|".join(f"(?:{c.text})" if c.is_regex else _escaped(c.text) for c in candidates)
+        options = "|".join(f"(?:{c.pattern})" for c in candidates)
         blank = " ?" if prefix and not prefix[-1:].isspace() else ""
         try:
-            constraint = Grammar.regex(self._llm, f"{_escaped(healed)}{blank}(?:{options})")
+            constraint = Grammar.regex(self._llm, f"{escaped(healed)}{blank}(?:{options})")
         except InvalidGrammar:
-            plain = [c.text for c in candidates if not c.is_regex]
-            constraint = Grammar.regex(self._llm, f"{_escaped(healed)}{blank}(?:{'|'.join(map(_escaped, plain))})")
+            plain = "|".join(c.pattern for c in candidates if not c.is_regex)
+            constraint = Grammar.regex(self._llm, f"{escaped(healed)}{blank}(?:{plain})")
         state, ids = constraint.start(), list(token_ids)
         for _ in range(_MOST_OF_A_CANDIDATE + len(healed)):
             mask = constraint.mask(state)
@@ -412,10 +412,6 @@ def _joined(prefix: str, text: str) -> str:
 
 def _n_common(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/])", r"\\\1", text).replace("\n", r"\n").replace("\r", r"\r")
 
 
 def _as_tensor(mask: Any) -> Any:
