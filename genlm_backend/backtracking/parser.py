@@ -2,8 +2,8 @@
 
 llguidance decides what is valid, and how far a text is viable; lark supplies the names and patterns of the terminals
 expected there, for which llguidance has no call. Grammars that llguidance does not take (with templates or priorities)
-run on lark's Earley parser alone; `engine` says which. There too llguidance matches the terminals, of which lark cannot tell
-how far a text has begun one: their expressions have no look-around.
+run on lark's Earley parser alone; `engine` says which. There too llguidance matches the terminals, since lark
+cannot tell whether a text has begun one: their expressions have no look-around.
 """
 
 from __future__ import annotations
