@@ -335,6 +335,7 @@ def server(tiny_tokenizer_512: PreTrainedTokenizerFast) -> Iterator[Any]:
         seen: list[dict[str, Any]] = []
         running = most = 0
         lock = threading.Lock()
+        others = threading.Condition(lock)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -342,6 +343,9 @@ def server(tiny_tokenizer_512: PreTrainedTokenizerFast) -> Iterator[Any]:
                 Handler.seen.append({"path": self.path, **body})
                 Handler.running += 1
                 Handler.most = max(Handler.most, Handler.running)
+                Handler.others.notify_all()
+                # Whoever sends three at a time sends them while this one waits.
+                Handler.others.wait_for(lambda: Handler.running > 2, timeout=0.1)
                 is_first = len(Handler.seen) == 1
             if is_first:
                 self.answer(503, {"error": {"message": "busy"}})
@@ -391,6 +395,31 @@ async def test_a_server_is_a_model(server: Any, is_chat: bool) -> None:
     assert handler.seen[0]["max_tokens"] == 6 and handler.most <= 2
     assert len(handler.seen) > 3, "the refused request was sent again"
     await model.aclose()
+
+
+async def test_a_server_that_does_not_answer_is_given_up() -> None:
+    """It takes the connection and says nothing; each of two attempts has its time."""
+    n_accepted = 0
+    release = asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal n_accepted
+        n_accepted += 1
+        await release.wait()
+        writer.close()
+
+    listening = await asyncio.start_server(hang, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    model = OpenAICompatible(
+        "mock", base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout_s=0.2, max_retries=1
+    )
+    with pytest.raises(openai.APITimeoutError):
+        await asyncio.wait_for(model("x"), timeout=30)
+    assert n_accepted == 2
+    release.set()
+    await model.aclose()
+    listening.close()
+    await listening.wait_closed()
 
 
 async def test_a_server_that_is_not_there_is_told() -> None:
