@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genlm_backend.backtracking import walk
+from genlm_backend.backtracking import Budget, StopStrings, walk
 from genlm_backend.backtracking.distribution import Filters, from_row
 from genlm_backend.backtracking.grammar_rule import GrammarRule
 from genlm_backend.errors import InvalidQuery
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.thorough
 EOS = 3
 TEXTS = [bytes(text) for text in ([0], [0, 1], [1, 1, 2], [1, 2, 0], [2], [2, 2, 2])]
 PROMPT = [1]
+KEEP_ALL = StopStrings(["never said"])
 N_DRAWS = 600  # the two laws lie 0.51 apart, the bound is 0.29
 
 
@@ -106,6 +107,25 @@ async def test_text_without_room_is_unfinished_not_wrong() -> None:
         outcome = await walk(llm, PROMPT, rule, max_new_tokens=4, eos=[EOS], seed=1)
         assert (outcome.reason, bytes(outcome.token_ids)) == ("length", b"\x00\x01\x02\x00")
         assert not rule.is_valid(outcome.state[0])
+
+
+async def test_a_text_that_left_the_grammar_is_not_accepted() -> None:
+    """With the budget spent and objections unheard; a text within is accepted, wherever the rule stands."""
+    engine = FakeEngine(n_logits=4)
+    async with fake_language_model(engine, n_vocab=4) as llm:
+        left = 0
+        for every in (1, 3):
+            rule = GrammarRule(StringSet(llm, TEXTS), every=every)
+            for seed in range(8):
+                options: dict[str, Any] = {"max_new_tokens": 8, "eos": [EOS], "seed": seed}
+                none = Budget(undos=0)
+                outcome = await walk(llm, PROMPT, rule, budget=none, when_exhausted="accept", **options)
+                text = outcome.token_ids[:-1] if outcome.reason == "eos" else outcome.token_ids
+                assert rule.accepts(outcome) == (bytes(text) in TEXTS)
+                left += not rule.accepts(outcome)
+                within = await walk(llm, PROMPT, [KEEP_ALL, rule], **options)
+                assert within.reason == "eos" and rule.accepts(within, place=1)
+        assert left > 0
 
 
 async def test_checking_asks_for_one_token_at_a_time() -> None:
