@@ -205,6 +205,7 @@ def stretches(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     return seen
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("heals", [True, False])
 @pytest.mark.parametrize("prompt", ["x", "Of river and island: "])
 async def test_a_stretch_is_as_long_as_asked_and_healed_over_several_tokens(

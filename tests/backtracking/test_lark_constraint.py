@@ -10,6 +10,8 @@ from genlm_backend.potentials import Grammar, GrammarVocabulary
 from genlm_backend.testing import FakeEngine, fake_language_model
 from genlm_backend.tokenization import Token
 
+pytestmark = pytest.mark.thorough
+
 LIST = 'start: _list{NUMBER}\n_list{item}: item ("," item)*\nNUMBER: /[0-9]+(\\.[0-9]+)?/\n'
 SAME = r"[0-9]+(\.[0-9]+)?(,[0-9]+(\.[0-9]+)?)*"
 N_VOCAB = 60  # ASCII up to the digits and beyond; 0 ends a text
