@@ -11,7 +11,7 @@ from setuptools import find_packages, setup
 EXTRAS: dict[str, list[str]] = {
     "demo": ["gguf>=0.10", "accelerate>=1.1"],
     "vllm": ["vllm>=0.32"],  # builds for CUDA; for CPUs see docs/vllm.md
-    "grammar": ["llguidance>=1.7,<2", "lark>=1.2", "jsonschema[format-nongpl]>=4.23"],
+    "grammar": ["llguidance>=1.7.6,<2", "lark>=1.2", "jsonschema[format-nongpl]>=4.23"],
     "xgrammar": ["xgrammar>=0.2.8"],  # grammars without a lexer, docs/grammars.md
     "viz": ["pygraphviz>=2.0", "matplotlib>=3.8"],  # the first one's wheel bundles Graphviz, for machines without dot
     "openai": ["openai>=1.60"],

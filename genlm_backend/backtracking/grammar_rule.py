@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from genlm_backend.backtracking.rules import BoolRow, Keep, Prompt, Rule, Step, Undo, Verdict
 from genlm_backend.errors import InvalidQuery
 from genlm_backend.potentials.base import Constraint
+
+if TYPE_CHECKING:
+    from genlm_backend.backtracking.walk import Outcome
 
 
 class GrammarRule(Rule[Any]):
@@ -18,7 +21,8 @@ class GrammarRule(Rule[Any]):
     (lookahead), k tokens are drawn unchecked, then all behind the longest part that the constraint reads is taken back:
     worth it where asking costs more than drawing.
 
-    Text that ends for lack of room may be unfinished; see `is_valid`.
+    Text that ends for lack of room may be unfinished, and with `when_exhausted="accept"` it may leave the grammar; ask
+    `accepts(outcome)`.
 
     Args:
         constraint: Over the tokens of the model that walks, such as `Grammar.json_schema(llm, ...)`.
@@ -63,8 +67,19 @@ class GrammarRule(Rule[Any]):
     def masks(self) -> bool:
         return self.every == 1
 
+    def accepts(self, outcome: Outcome, place: int = 0) -> bool:
+        """Whether the text of a walk is a whole text of the constraint; a stop string that ended it counts as part.
+
+        Args:
+            outcome: Of a walk with this rule.
+            place: Of this rule among the rules of the walk.
+        """
+        return self.is_valid(outcome.state[place])
+
     def is_valid(self, state: _Read) -> bool:
         """Whether the text at this state of the rule is a whole text of the constraint."""
+        if not state.eos.isdisjoint(state.unread):
+            return False  # it ended where it may not, since nobody heard the objection
         read = state.read
         for token_id in state.unread:
             read = self.constraint.extend(read, token_id)

@@ -13,11 +13,13 @@ import logging
 import re
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from genlm_backend.backtracking.grammar_rule import GrammarRule
-from genlm_backend.backtracking.parser import Candidate, Parser
+from genlm_backend.backtracking.parser import Candidate, Parser, escaped
+from genlm_backend.backtracking.rules import KEEP, Halt, Prompt, Rule, Step, Verdict
 from genlm_backend.backtracking.text_models import TextFunction, continuation
 from genlm_backend.backtracking.walk import walk
 from genlm_backend.backtracking.writing import bytes_of
@@ -78,9 +80,44 @@ class Guided:
         return asdict(self)
 
 
-def guide(model: Any, parser: Parser, prompt: str, tokenizer: Any = None, **options: Any) -> Guided:
+def guide(
+    model: Any,
+    parser: Parser,
+    prompt: str,
+    tokenizer: Any = None,
+    draft_model: Any = None,
+    seed_str: str | None = None,
+    max_grammar_corrections: int = 3,
+    stop_at: str | Sequence[str] | None = None,
+    token_healing: bool = True,
+    top_p: float = 0.9,
+    temperature: float = 0.6,
+    max_new_tokens: int = 32,
+    save_html: bool = True,
+    verbose: bool = False,
+    *,
+    seed: int | None = None,
+) -> Guided:
     """`aguide` for callers that cannot await; works inside a running event loop, and blocks it."""
-    return run_sync(aguide(model, parser, prompt, tokenizer, **options))
+    return run_sync(
+        aguide(
+            model,
+            parser,
+            prompt,
+            tokenizer,
+            draft_model,
+            seed_str,
+            max_grammar_corrections,
+            stop_at,
+            token_healing,
+            top_p,
+            temperature,
+            max_new_tokens,
+            save_html,
+            verbose,
+            seed=seed,
+        )
+    )
 
 
 async def aguide(
@@ -105,7 +142,7 @@ async def aguide(
 
     Args:
         model: An `AsyncLM`, the name of one, a loaded Hugging Face model, or a function from a prompt to its
-            continuation, sync or async: any API.
+            continuation, sync or async: any API. What is opened for a name or a loaded model is closed again.
         parser: From `load_parser`.
         prompt: What to continue.
         tokenizer: That of a loaded Hugging Face model.
@@ -113,10 +150,11 @@ async def aguide(
         seed_str: The text begins with this.
         max_grammar_corrections: Most corrections.
         stop_at: Strings before which the text ends.
-        token_healing: Let the model choose anew the last tokens before each seam, with the same bytes.
+        token_healing: Let the model choose anew the last tokens before each seam, up to three, with the same bytes:
+            also those of the prompt, of which the first stays.
         top_p: Of the draws of an `AsyncLM`; a function draws as it likes.
         temperature: Likewise.
-        max_new_tokens: Of one stretch between checks. In all it is at most
+        max_new_tokens: Of one stretch between checks, without those of healed text. In all it is at most
             `max_new_tokens * (max_grammar_corrections + 1)`, and the candidates. A function bounds its own answers.
         save_html: Draw the picture; no file is written.
         verbose: Log each correction at level INFO.
@@ -130,10 +168,6 @@ async def aguide(
     if max_grammar_corrections < 0 or max_new_tokens < 1:
         raise InvalidQuery("max_grammar_corrections is at least 0, and max_new_tokens at least 1")
     started = time.perf_counter()
-    writer = _writer_of(model, tokenizer, top_p, temperature, max_new_tokens, token_healing, seed)
-    drafter = (
-        writer if draft_model is None else _writer_of(draft_model, tokenizer, top_p, 0.0, max_new_tokens, True, seed)
-    )
     stops = [stop_at] if isinstance(stop_at, str) else list(stop_at or ())
     state = _State(seed_str or "")
     if not parser.is_viable(state.text):
@@ -141,12 +175,16 @@ async def aguide(
     if not state.text:
         state.write(_only_beginning(parser), "candidate")
     state.trace[:0] = [("seed", seed_str)] if seed_str else []
-    for _ in range(max_grammar_corrections + 1):
-        piece, is_over, n_healed = await writer.write(prompt, state.text, stops)
-        state.mark(n_healed, "healed")
-        is_done = await _read(state, piece, is_over, parser, prompt, drafter, max_grammar_corrections, verbose)
-        if is_done:
-            break
+    async with AsyncExitStack() as opened:
+        writer = drafter = _writer_of(opened, model, tokenizer, top_p, temperature, max_new_tokens, token_healing, seed)
+        if draft_model is not None:
+            drafter = _writer_of(opened, draft_model, tokenizer, top_p, 0.0, max_new_tokens, True, seed)
+        for _ in range(max_grammar_corrections + 1):
+            piece, is_over, n_healed = await writer.write(prompt, state.text, stops)
+            state.mark(n_healed, "healed")
+            is_done = await _read(state, piece, is_over, parser, prompt, drafter, max_grammar_corrections, verbose)
+            if is_done:
+                break
     return Guided(
         response=state.text,
         valid=parser.is_valid(state.text),
@@ -229,8 +267,13 @@ def choose_candidate(candidates: Sequence[str], prefix: str, draft_model: Any) -
     """
     if not candidates:
         raise InvalidQuery("there is no candidate to choose")
-    drafter = _writer_of(draft_model, None, 1.0, 0.0, _MOST_OF_A_CANDIDATE, True, 0)
-    return run_sync(drafter.choose("", prefix, [Candidate(text, False) for text in candidates]))
+
+    async def chosen() -> str:
+        async with AsyncExitStack() as opened:
+            drafter = _writer_of(opened, draft_model, None, 1.0, 0.0, _MOST_OF_A_CANDIDATE, True, 0)
+            return await drafter.choose("", prefix, [Candidate(text, False) for text in candidates])
+
+    return run_sync(chosen())
 
 
 @dataclass
@@ -293,7 +336,7 @@ class _FunctionWriter(_Writer):
         """What the function goes on with if it is a candidate; else the candidate that shares most with it."""
         said = (await continuation(self._function, prompt + prefix)).lstrip()
         for candidate in candidates:
-            found = re.match(candidate.text if candidate.is_regex else re.escape(candidate.text), said)
+            found = re.match(candidate.pattern, said)
             if found and found[0]:
                 return found[0]
         plain = [candidate.text for candidate in candidates if not candidate.is_regex]
@@ -312,10 +355,14 @@ class _ModelWriter(_Writer):
         self._n_written = 0
 
     async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool, int]:
-        token_ids, healed = self._seam(prompt + text, text)
+        token_ids, healed = self._seam(prompt + text)
         self._n_written += 1
-        rules = [GrammarRule(Grammar.regex(self._llm, f"{_escaped(healed)}(?s:.*)"))] if healed else []
-        room = self._max_new_tokens + len(healed)
+        rules: list[Rule[Any]] = []
+        room, n_healed = self._max_new_tokens, len(healed.encode())
+        if healed:
+            same_bytes = Grammar.regex(self._llm, f"{escaped(healed)}(?s:.*)")
+            rules = [GrammarRule(same_bytes), _NewTokens(n_healed, self._max_new_tokens)]
+            room += n_healed  # at most so many tokens; the second rule ends the stretch
         outcome = await walk(
             self._llm,
             token_ids,
@@ -335,14 +382,14 @@ class _ModelWriter(_Writer):
 
     async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
         """Greedily, among the texts of all candidates."""
-        token_ids, healed = self._seam(prompt + prefix, prefix)
-        options = "|".join(f"(?:{c.text})" if c.is_regex else _escaped(c.text) for c in candidates)
+        token_ids, healed = self._seam(prompt + prefix)
+        options = "|".join(f"(?:{c.pattern})" for c in candidates)
         blank = " ?" if prefix and not prefix[-1:].isspace() else ""
         try:
-            constraint = Grammar.regex(self._llm, f"{_escaped(healed)}{blank}(?:{options})")
+            constraint = Grammar.regex(self._llm, f"{escaped(healed)}{blank}(?:{options})")
         except InvalidGrammar:
-            plain = [c.text for c in candidates if not c.is_regex]
-            constraint = Grammar.regex(self._llm, f"{_escaped(healed)}{blank}(?:{'|'.join(map(_escaped, plain))})")
+            plain = "|".join(c.pattern for c in candidates if not c.is_regex)
+            constraint = Grammar.regex(self._llm, f"{escaped(healed)}{blank}(?:{plain})")
         state, ids = constraint.start(), list(token_ids)
         for _ in range(_MOST_OF_A_CANDIDATE + len(healed)):
             mask = constraint.mask(state)
@@ -359,17 +406,14 @@ class _ModelWriter(_Writer):
         written = bytes_of(self._llm, ids[len(token_ids) :]).decode("utf-8", "ignore")
         return written[len(healed) :].lstrip() if constraint.is_complete(state) else ""
 
-    def _seam(self, whole: str, changeable: str) -> tuple[list[int], str]:
-        """The tokens to continue, and the text of those left out, to be written anew; the prompt stays as it is."""
+    def _seam(self, whole: str) -> tuple[list[int], str]:
+        """The tokens to continue, and the text of those left out, to be written anew."""
         token_ids: list[int] = list(self._llm.tokenizer.encode(whole))
         n_healed = 0
         if self._heals:
-            room = len(changeable.encode())
             while n_healed < min(_N_HEALED, len(token_ids) - 1):
-                token = self._llm.byte_vocab[token_ids[-1 - n_healed]]
-                if token.is_special or len(token) > room:
+                if self._llm.byte_vocab[token_ids[-1 - n_healed]].is_special:
                     break
-                room -= len(token)
                 n_healed += 1
         kept = token_ids[: len(token_ids) - n_healed]
         try:
@@ -378,17 +422,47 @@ class _ModelWriter(_Writer):
             return token_ids, ""
 
 
+class _NewTokens(Rule[tuple[int, int]]):
+    """Ends a text after so many tokens that reach beyond its first, healed bytes. A state: bytes to go, new tokens."""
+
+    forbids = False
+
+    def __init__(self, n_healed: int, most: int) -> None:
+        self._n_healed = n_healed
+        self._most = most
+
+    def init(self, prompt: Prompt) -> tuple[int, int]:
+        return self._n_healed, 0
+
+    def step(self, state: tuple[int, int], step: Step) -> tuple[tuple[int, int], Verdict]:
+        n_to_go, n_new = state
+        n_to_go -= len(step.piece)
+        n_new += n_to_go < 0
+        is_full = n_new >= self._most and not step.is_end
+        return (max(n_to_go, 0), n_new), Halt("length") if is_full else KEEP
+
+
 def _writer_of(
-    model: Any, tokenizer: Any, top_p: float, temperature: float, max_new_tokens: int, heals: bool, seed: int | None
+    opened: AsyncExitStack,
+    model: Any,
+    tokenizer: Any,
+    top_p: float,
+    temperature: float,
+    max_new_tokens: int,
+    heals: bool,
+    seed: int | None,
 ) -> _Writer:
+    """A writer on any kind of model; what it opens itself is closed with `opened`."""
     if isinstance(model, str):
         from genlm_backend.llm import load_model_by_name
 
         model = load_model_by_name(model)
+        opened.push_async_exit(model)
     elif not isinstance(model, AsyncLM) and hasattr(model, "get_input_embeddings"):
         from genlm_backend.llm import AsyncTransformer
 
         model = AsyncTransformer(model, tokenizer)
+        opened.push_async_exit(model)
     if isinstance(model, AsyncLM):
         return _ModelWriter(model, top_p, temperature, max_new_tokens, heals, seed)
     if callable(model):
@@ -412,10 +486,6 @@ def _joined(prefix: str, text: str) -> str:
 
 def _n_common(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/])", r"\\\1", text).replace("\n", r"\n").replace("\r", r"\r")
 
 
 def _as_tensor(mask: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from genlm_backend.errors import GrammarTooComplex
@@ -14,7 +15,8 @@ class Limits:
     Counts and not seconds, so that a grammar is accepted or refused alike on every machine.
 
     Attributes:
-        source_bytes: Of the grammar's text.
+        source_bytes: Of the grammar's text; of a Lark grammar for lark, also with the terminals that terminals name
+            written out.
         nesting: Brackets within brackets in the text; parsers of grammars recurse, and a stack that overflows ends the
             process.
         compile_fuel: Work on regular expressions before the first token; 1,000,000 take about 20 ms.
@@ -87,3 +89,36 @@ def check_nesting(kind: str, text: str, limits: Limits) -> None:
         raise GrammarTooComplex(
             kind, f"its brackets nest {deepest:,} deep, more than {limits.nesting}", "flatten it, or raise `limits`"
         )
+
+
+_LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?!/)(?:\\.|[^/\\])+/|//[^\n]*|#[^\n]*', re.DOTALL)
+_TERMINAL = re.compile(r"^[ \t]*(?:%\w+[ \t]+)?([?!]?\w+)[^\n:|]*:", re.MULTILINE)
+_NAME = re.compile(r"_?[A-Z][A-Z_0-9]*")
+
+
+def check_terminals(kind: str, text: str, limits: Limits) -> None:
+    """Refuse a Lark grammar whose terminals are too long once those that they name are written out, as lark does.
+
+    Raises:
+        GrammarTooComplex: They are.
+    """
+    plain = _LITERAL.sub(lambda found: "'" * len(found[0]), text)
+    starts = [*_TERMINAL.finditer(plain)]
+    ends = [*(found.start() for found in starts[1:]), len(plain)]
+    bodies = {found[1]: plain[found.end() : end] for found, end in zip(starts, ends, strict=True)}
+    named = {name: _NAME.findall(body) for name, body in bodies.items() if _NAME.fullmatch(name)}
+    lengths: dict[str, int] = {}
+    pending = [(name, False) for name in named]
+    while pending:
+        name, is_ready = pending.pop()
+        parts = [part for part in named[name] if part in named]
+        if is_ready:
+            lengths[name] = len(bodies[name]) + sum(lengths[part] for part in parts)
+        elif name not in lengths:
+            lengths[name] = 0  # what it comes to within itself; lark tells that it may not
+            pending.append((name, True))
+            pending += [(part, False) for part in parts if part not in lengths]
+    in_all = sum(lengths.values())
+    if in_all > limits.source_bytes:
+        what = f"its terminals, written out, have {in_all:,} characters, more than {limits.source_bytes:,}"
+        raise GrammarTooComplex(kind, what, "let rules name terminals instead, or raise `limits`")

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from html import unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import openai
 import pytest
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import genlm_backend.backtracking as backtracking
-from genlm_backend.backtracking import OpenAICompatible, aguide, choose_candidate, guide, load_parser
+from genlm_backend.backtracking import OpenAICompatible, Outcome, aguide, choose_candidate, guide, load_parser, walk
+from genlm_backend.backtracking.writing import bytes_of
 from genlm_backend.errors import InvalidGrammar, InvalidQuery
-from genlm_backend.llm import MockAsyncLM
+from genlm_backend.llm import AsyncLM, AsyncTransformer, MockAsyncLM
 from tests.backtracking.speaker import chooser, speaker
 
 SQL = "SELECT * FROM students WHERE name SIMILAR TO 'Dan%';"
@@ -207,6 +213,150 @@ async def test_several_tokens_are_healed_at_one_seam() -> None:
         await llm.aclose()
 
 
+class Recorded(NamedTuple):
+    """One stretch: the tokens it continued, and what came."""
+
+    token_ids: list[int]
+    outcome: Outcome
+
+
+@pytest.fixture
+def stretches(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """The walks of `guide`, in order."""
+    seen: list[Recorded] = []
+    module = sys.modules["genlm_backend.backtracking.guide"]
+
+    async def recording(llm: AsyncLM, token_ids: list[int], *args: Any, **options: Any) -> Outcome:
+        outcome = await walk(llm, token_ids, *args, **options)
+        seen.append(Recorded(list(token_ids), outcome))
+        return outcome
+
+    monkeypatch.setattr(module, "walk", recording)
+    return seen
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("heals", [True, False])
+@pytest.mark.parametrize("prompt", ["x", "Of river and island: "])
+async def test_a_stretch_is_as_long_as_asked_and_healed_over_several_tokens(
+    tiny_tokenizer_512: PreTrainedTokenizerFast, stretches: list[Recorded], heals: bool, prompt: str
+) -> None:
+    """Any text is in this grammar, so each stretch goes on from the one before, over a seam of up to three tokens."""
+    parser = load_parser("start: ANY?\nANY: /(.|\\n)+/\n")
+    n_left_out, n_otherwise = [], 0
+    async with MockAsyncLM(tiny_tokenizer_512) as llm:
+        for seed in range(4):
+            stretches.clear()
+            result = await aguide(
+                llm, parser, prompt, max_new_tokens=4, seed=seed, token_healing=heals, top_p=1.0, temperature=2.0
+            )
+            text = prompt
+            for token_ids, outcome in stretches:
+                usual = list(llm.tokenizer.encode(text))
+                kept = bytes_of(llm, token_ids)
+                assert text.encode().startswith(kept) and usual[: len(token_ids)] == token_ids
+                n_healed = len(text.encode()) - len(kept)
+                n_left_out.append(len(usual) - len(token_ids))
+                ends = np.cumsum([len(llm.byte_vocab[i].byte_string) for i in outcome.token_ids])
+                n_new = int((ends > n_healed).sum())
+                assert n_new == 4 or outcome.reason == "eos"
+                n_otherwise += usual[len(token_ids) :] != outcome.token_ids[: len(usual) - len(token_ids)]
+                text = (kept + bytes_of(llm, outcome.token_ids)).decode("utf-8", "replace")
+                if "\ufffd" in text:
+                    break  # the last character is unfinished: what `guide` goes on from is another text
+            else:
+                assert prompt + result.response == text, "the response is without the prompt"
+    if heals:
+        assert max(n_left_out) == 3 and n_otherwise > 0
+        assert n_left_out[0] == min(3, len(tiny_tokenizer_512.encode(prompt)) - 1), "the prompt's tail is healed too"
+    else:
+        assert set(n_left_out) == {0}
+
+
+def test_the_signature_is_the_one_that_is_known() -> None:
+    known = (
+        "model, parser, prompt, tokenizer=None, draft_model=None, seed_str=None, max_grammar_corrections=3, "
+        "stop_at=None, token_healing=True, top_p=0.9, temperature=0.6, max_new_tokens=32, save_html=True, verbose=False"
+    )
+    for function in (guide, aguide):
+        parameters = list(inspect.signature(function).parameters.values())
+        by_place = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        told = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in by_place]
+        assert ", ".join(told) == known
+        assert [p.name for p in parameters if p not in by_place] == ["seed"]
+    drafter = Scripted("-")
+    result = guide(Scripted("(1 plus 2)"), load_parser("arithmetic"), "", None, drafter, None, 3, None, True, 0.9)
+    assert result.response == "(1 - 2)" and drafter.prompts, "the fifth is the draft model"
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[AsyncLM], list[AsyncLM]]:
+    """Language models that were made, and that were closed."""
+    made: list[AsyncLM] = []
+    closed: list[AsyncLM] = []
+    init, close = AsyncLM.__init__, AsyncLM.close
+
+    def recording_init(self: AsyncLM, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        made.append(self)
+
+    def recording_close(self: AsyncLM) -> None:
+        close(self)
+        closed.append(self)
+
+    monkeypatch.setattr(AsyncLM, "__init__", recording_init)
+    monkeypatch.setattr(AsyncLM, "close", recording_close)
+    return made, closed
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["loaded", "folder", "draft", "chosen", "failed"])
+def test_what_guide_opens_it_closes(
+    opened: tuple[list[AsyncLM], list[AsyncLM]],
+    kind: str,
+    tiny_llama: PreTrainedModel,
+    tiny_tokenizer_512: PreTrainedTokenizerFast,
+    tiny_model_folder: Path,
+) -> None:
+    made, closed = opened
+    parser, short = load_parser("robot"), {"max_new_tokens": 3, "max_grammar_corrections": 1, "seed": 1}
+    if kind == "loaded":
+        result = guide(tiny_llama, parser, "go: ", tiny_tokenizer_512, **short)
+    elif kind == "folder":
+        result = guide(str(tiny_model_folder), parser, "go: ", **short)
+    elif kind == "draft":
+        result = guide(Scripted("move up 3"), parser, "go: ", draft_model=str(tiny_model_folder), **short)
+        assert result.num_grammar_corrections == 1
+    elif kind == "chosen":
+        assert choose_candidate(["river", "island"], "the ", str(tiny_model_folder)) in ("river", "island")
+    else:
+        with pytest.raises(InvalidQuery, match="function"):
+            guide(tiny_llama, parser, "go: ", tiny_tokenizer_512, draft_model=3, **short)
+    if kind in ("loaded", "folder", "draft"):
+        assert parser.is_viable(result.response)
+    assert len(made) == 1 and closed == made
+
+
+@pytest.mark.thorough
+async def test_a_model_of_the_callers_stays_open(
+    opened: tuple[list[AsyncLM], list[AsyncLM]],
+    tiny_llama: PreTrainedModel,
+    tiny_tokenizer_512: PreTrainedTokenizerFast,
+) -> None:
+    """Also one that shares its engine with what `guide` opens and closes on the same loaded model."""
+    made, closed = opened
+    parser = load_parser("robot")
+    async with AsyncTransformer(tiny_llama, tiny_tokenizer_512) as llm:
+        before = await llm.next_token_logprobs([1, 2])
+        for model in (tiny_llama, llm):
+            for draft_model in (None, llm):
+                await aguide(
+                    model, parser, "go: ", tiny_tokenizer_512, draft_model, max_new_tokens=2, max_grammar_corrections=1
+                )
+        assert llm not in closed and len(made) == 3 and closed == made[1:]
+        assert torch.equal(before, await llm.next_token_logprobs([1, 2]))
+
+
 @pytest.fixture
 def server(tiny_tokenizer_512: PreTrainedTokenizerFast) -> Iterator[Any]:
     """A server on loopback that speaks the protocol, serving our own model; it refuses its first request."""
@@ -216,6 +366,7 @@ def server(tiny_tokenizer_512: PreTrainedTokenizerFast) -> Iterator[Any]:
         seen: list[dict[str, Any]] = []
         running = most = 0
         lock = threading.Lock()
+        others = threading.Condition(lock)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -223,6 +374,9 @@ def server(tiny_tokenizer_512: PreTrainedTokenizerFast) -> Iterator[Any]:
                 Handler.seen.append({"path": self.path, **body})
                 Handler.running += 1
                 Handler.most = max(Handler.most, Handler.running)
+                Handler.others.notify_all()
+                # Whoever sends three at a time sends them while this one waits.
+                Handler.others.wait_for(lambda: Handler.running > 2, timeout=0.1)
                 is_first = len(Handler.seen) == 1
             if is_first:
                 self.answer(503, {"error": {"message": "busy"}})
@@ -272,6 +426,31 @@ async def test_a_server_is_a_model(server: Any, is_chat: bool) -> None:
     assert handler.seen[0]["max_tokens"] == 6 and handler.most <= 2
     assert len(handler.seen) > 3, "the refused request was sent again"
     await model.aclose()
+
+
+async def test_a_server_that_does_not_answer_is_given_up() -> None:
+    """It takes the connection and says nothing; each of two attempts has its time."""
+    n_accepted = 0
+    release = asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal n_accepted
+        n_accepted += 1
+        await release.wait()
+        writer.close()
+
+    listening = await asyncio.start_server(hang, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    model = OpenAICompatible(
+        "mock", base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout_s=0.2, max_retries=1
+    )
+    with pytest.raises(openai.APITimeoutError):
+        await asyncio.wait_for(model("x"), timeout=30)
+    assert n_accepted == 2
+    release.set()
+    await model.aclose()
+    listening.close()
+    await listening.wait_closed()
 
 
 async def test_a_server_that_is_not_there_is_told() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from genlm_backend.backtracking import Parser, load_parser, obtain_correction_pairs
-from genlm_backend.errors import InvalidGrammar, UnsupportedGrammar
-from genlm_backend.potentials import GrammarVocabulary
+from genlm_backend.errors import GrammarTooComplex, InvalidGrammar, UnsupportedGrammar
+from genlm_backend.potentials import GrammarVocabulary, Limits
 from genlm_backend.tokenization import Token
+from tests.potentials.hostile import HOSTILE
 
 SHIPPED = {
     "json": (['{"a": [1, -2.5e3, null], "b": {}}', '"\\u00e9"', "true"], ['{"a" 1}', "{'a': 1}", "01", "[1,]"]),
@@ -81,8 +85,9 @@ def test_what_llguidance_lacks_runs_on_lark(grammar: str, text: str, n: int) -> 
     parser = load_parser(grammar)
     assert parser.engine == "lark"
     assert parser.n_viable(text) == n
+    constraint = parser.constraint(GrammarVocabulary([Token(i, bytes([i])) for i in range(256)]))
     with pytest.raises(UnsupportedGrammar, match="no masks"):
-        parser.constraint(GrammarVocabulary([Token(i, bytes([i])) for i in range(256)]))
+        constraint.mask(constraint.start())
     assert load_parser(TEMPLATE).is_valid("1,2.5,3") and not load_parser(TEMPLATE).is_valid("1,")
 
 
@@ -96,6 +101,91 @@ def test_both_engines_agree(name: str) -> None:
             here = text[:end]
             assert both[0].is_valid(here) == both[1].is_valid(here), here
             assert both[0].n_viable(here) == both[1].n_viable(here), here
+
+
+def test_flags_count_on_both_engines() -> None:
+    """Terminals in either case are begun in either case, and told with their flags."""
+    grammar = 'start: _list{item}\n_list{x}: x ("," x)*\nitem: "select"i | WORD\nWORD: /x+ y/is\n'
+    parser = load_parser(grammar)
+    assert parser.engine == "lark"
+    for text in ("SELECT,SELEC", "sElEcT,X", "xX Y,Select"):
+        assert parser.is_viable(text), text
+    assert parser.n_viable("SELECT,SELEX") == 11
+    candidates = {candidate.text: candidate for candidate in parser.expected("SELECT,").candidates}
+    assert candidates["select"].pattern == "(?i:select)" and set(candidates["x+ y"].flags) == set("is")
+    plain = load_parser('start: "a"i /b/ "."\n')
+    assert plain.engine == "llguidance" and plain.is_viable("A") and not plain.is_viable("AB")
+    assert [candidate.pattern for candidate in plain.expected("Ab").candidates] == [r"\."]
+
+
+@pytest.mark.parametrize("rule", ["start: A\n", "start: _twice{A}\n_twice{x}: x x\n"])
+def test_a_terminal_that_looks_around_is_refused_by_name(rule: str) -> None:
+    with pytest.raises(UnsupportedGrammar, match=r"(?s)terminal A.*look-around"):
+        load_parser(rule + "A: /a(?=b)b/\n")
+
+
+def test_strings_of_larks_library_are_read_though_they_look_behind() -> None:
+    rule = 'start: _list{ESCAPED_STRING}\n_list{x}: x ("," x)*\n%import common.ESCAPED_STRING\n'
+    parser = load_parser(rule)
+    assert parser.engine == "lark"
+    text = r'"a\"b","c\\","d'
+    assert parser.is_viable(text) and parser.is_valid(text + '"')
+    assert parser.n_viable(r'"c\\"d"') == 5
+
+
+HOSTILE_LARK = sorted(name for name, (kind, _) in HOSTILE.items() if kind == "lark")
+LOAD = """
+import json, resource, sys, time
+from genlm_backend.backtracking import load_parser
+from genlm_backend.errors import InvalidGrammar
+from genlm_backend.potentials import Limits
+from tests.potentials.hostile import HOSTILE
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+def outcome(grammar):
+    try:
+        return load_parser(grammar, limits=Limits.untrusted()).engine
+    except InvalidGrammar as error:
+        return type(error).__name__
+
+load_parser("arithmetic")
+before = peak()
+for name in sys.argv[1:]:
+    started = time.perf_counter()
+    what = outcome(HOSTILE[name][1])
+    print(json.dumps([name, what, time.perf_counter() - started, peak() - before]), flush=True)
+"""
+
+
+@pytest.mark.thorough
+def test_hostile_grammars_are_refused_or_loaded_cheaply() -> None:
+    """In a process of its own, whose peak of memory is theirs, and whose end would be seen."""
+    command = [sys.executable, "-c", LOAD, *HOSTILE_LARK]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [line[0] for line in lines] == HOSTILE_LARK, ran.stderr[-2000:]
+    told = {name: what for name, what, _, _ in lines}
+    assert {told[name] for name in ("deep groups", "doubling terminals", "long rule")} == {"GrammarTooComplex"}
+    assert told["terminal of itself"] == "InvalidGrammar"
+    for name, what, seconds, mebibytes in lines:
+        assert seconds <= 2, f"{name}: {what} after {seconds:.1f} s"
+        assert mebibytes <= 200, f"{name}: {what} with {mebibytes:.0f} MiB"
+
+
+def test_limits_are_kept_while_loading() -> None:
+    nested = "start: " + "(" * 1500 + '"a"' + ")" * 1500 + "\n"
+    with pytest.raises(GrammarTooComplex, match="nest"):
+        load_parser(nested)
+    with pytest.raises(GrammarTooComplex, match="lark"):
+        load_parser(nested, limits=Limits(nesting=10_000))
+    with pytest.raises(GrammarTooComplex, match="written out"):
+        load_parser('start: A\nA: B B\nB: C C // C\nC: "C" /C/\n', limits=Limits(source_bytes=50))
+    with pytest.raises(GrammarTooComplex, match="bytes"):
+        load_parser("json", limits=Limits(source_bytes=10))
+    with pytest.raises(GrammarTooComplex):  # it is not handed to lark's engine, which keeps no limits
+        load_parser("start: /[ab]*a[ab]{25}/" + " B" * 20 + "\nB: /b/\n", limits=Limits(grammar_symbols=10))
 
 
 def test_grammars_come_from_text_paths_and_names(tmp_path: Path) -> None:
