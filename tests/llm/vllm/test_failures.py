@@ -12,6 +12,7 @@ import torch
 
 from genlm_backend.errors import EvaluationFailed, ModelClosed
 from genlm_backend.llm import AsyncVirtualLM
+from tests.llm.conftest import TINY_OPTIONS
 
 pytestmark = [pytest.mark.model]
 BAD = 13
@@ -142,8 +143,6 @@ async def test_a_loop_that_ended_leaves_the_engine_to_the_next(tiny: AsyncVirtua
 
 
 async def test_closing_ends_what_is_queued_with_an_error(needs_vllm: None, tiny_folder: Any) -> None:
-    from tests.llm.vllm.conftest import TINY_OPTIONS
-
     llm = AsyncVirtualLM.from_name(str(tiny_folder), TINY_OPTIONS)
     tasks = [asyncio.ensure_future(llm.next_token_logprobs([*TRUNK, i])) for i in range(40)]
     await asyncio.sleep(0)
