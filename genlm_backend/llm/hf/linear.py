@@ -1,7 +1,8 @@
-"""Linear layers on weights that oneDNN has repacked once: faster for few rows on a CPU, in bfloat16."""
+"""Linear layers on weights that oneDNN has repacked once: faster for few rows on a CPU, in bfloat16 and float32."""
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ ROWS_HINT = 32  # the batch the packing is made for; other sizes work
 
 
 class PackedLinear(nn.Module):
-    """A bfloat16 linear layer on a CPU; holds its weight in oneDNN's blocked layout only."""
+    """A linear layer on a CPU; holds its weight in oneDNN's blocked layout only."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -31,24 +32,31 @@ Replaced = list[tuple[nn.Module, str, nn.Module]]
 
 
 def pack_linears(model: Any) -> Replaced:
-    """Replace a model's plain bfloat16 CPU linear layers in place.
+    """Replace a model's plain CPU linear layers in place.
 
     Returns:
         What was replaced, for `unpack_linears`; drop it to free the original weights. Empty where this is no gain.
     """
-    if not multiplies_bfloat16():
-        return []
     replaced: Replaced = []
     packed: dict[int, PackedLinear] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype == torch.bfloat16:
+            if type(child) is nn.Linear and gains(child.weight):
                 if id(child) not in packed:
                     with torch.no_grad():
                         packed[id(child)] = PackedLinear(child).eval()
                 setattr(parent, name, packed[id(child)])
                 replaced.append((parent, name, child))
     return replaced
+
+
+def gains(weight: torch.Tensor) -> bool:
+    """Whether products with a repacked weight are faster; see docs/decisions.md."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.float32:
+        return platform.machine().lower() in ("x86_64", "amd64")  # elsewhere not measured
+    return weight.dtype == torch.bfloat16 and multiplies_bfloat16()
 
 
 def unpack_linears(replaced: Replaced) -> None:

@@ -14,13 +14,11 @@ from transformers import T5Config
 
 from genlm_backend.errors import ModelNotFound, RemoteCodeRefused, UnsafeWeights, UnsupportedModel
 from genlm_backend.llm import AsyncTransformer, load_model_by_name
-from genlm_backend.llm.hf.linear import PackedLinear, pack_linears
+from genlm_backend.llm.hf.linear import PackedLinear, gains, pack_linears
 from genlm_backend.llm.hf.self_test import difference
-from genlm_backend.llm.loading import multiplies_bfloat16
 from tests.llm.hf.walks import TINY_NATS, plain_row, random_ids, small
 
 PROMPT = random_ids(random.Random(4), 12)
-HAS_PACKED_LINEAR = multiplies_bfloat16()
 
 
 class Canary:
@@ -93,16 +91,23 @@ def test_sixteen_bits_are_widened_where_they_are_slow_unless_asked_for(
         llm.close()
 
 
-async def test_a_model_of_our_own_is_faster_and_still_the_same_model(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "total_variation"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)], ids=["bfloat16", "float32"]
+)
+async def test_a_model_of_our_own_is_faster_and_still_the_same_model(
+    folder: Path, dtype: torch.dtype, total_variation: float
+) -> None:
     """Nobody else uses it, so its linear layers may be repacked; rows and `generate` stay."""
-    plain = small("llama", torch.bfloat16)
+    plain = small("llama", dtype)
     plain.save_pretrained(folder)
-    async with AsyncTransformer.from_name(str(folder), device="cpu") as llm:
+    async with AsyncTransformer.from_name(str(folder), hf_opts={"dtype": dtype}, device="cpu") as llm:
         assert llm.path == "packed"
-        assert isinstance(llm.model.lm_head, PackedLinear) == HAS_PACKED_LINEAR
+        assert isinstance(llm.model.lm_head, PackedLinear) == gains(plain.lm_head.weight)
         for n in (1, 5, 12):
             row = await llm.next_token_logprobs(PROMPT[:n])
-            assert difference(row[None], plain_row(plain, PROMPT[:n])[None]).total_variation <= 2e-2
+            found = difference(row[None], plain_row(plain, PROMPT[:n])[None])
+            assert found.total_variation <= total_variation
+            assert dtype == torch.bfloat16 or found.nats <= TINY_NATS
         ids = torch.tensor([PROMPT])
         out = llm.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0
@@ -126,21 +131,24 @@ def test_a_wrapped_models_layers_are_never_repacked(wrap: Any) -> None:
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-@pytest.mark.skipif(not HAS_PACKED_LINEAR, reason="this CPU has no bfloat16 kernels")
-def test_only_plain_bfloat16_layers_are_repacked_and_shared_ones_once() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_only_plain_layers_are_repacked_and_shared_ones_once(dtype: torch.dtype) -> None:
+    if not gains(torch.empty(1, 1, dtype=dtype)):
+        pytest.skip(f"no gain for {dtype} on this CPU")
+
     class Special(torch.nn.Linear):
         pass
 
-    shared = torch.nn.Linear(8, 4, dtype=torch.bfloat16)
+    shared = torch.nn.Linear(8, 4, dtype=dtype)
     model = torch.nn.ModuleDict(
         {
             "a": shared,
             "b": torch.nn.ModuleDict({"a": shared}),
-            "c": Special(8, 4, dtype=torch.bfloat16),
-            "d": torch.nn.Linear(8, 4),
+            "c": Special(8, 4, dtype=dtype),
+            "d": torch.nn.Linear(8, 4, dtype=torch.float64),
         }
     )
-    rows = torch.randn(3, 8, dtype=torch.bfloat16)
+    rows = torch.randn(3, 8, dtype=dtype)
     want = shared(rows)
     pack_linears(model)
     assert model["a"] is model["b"]["a"]
