@@ -388,11 +388,11 @@ def server(tiny_tokenizer_512: PreTrainedTokenizerFast) -> Iterator[Any]:
                 choice |= {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
                 kind = "chat.completion" if "messages" in body else "text_completion"
                 self.answer(200, {"id": "1", "object": kind, "created": 1, "model": "mock", "choices": [choice]})
-            with Handler.lock:
-                Handler.running -= 1
 
         def answer(self, status: int, value: Any) -> None:
             data = json.dumps(value).encode()
+            with Handler.lock:  # whoever has the answer may send the next request before this thread goes on
+                Handler.running -= 1
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
