@@ -21,6 +21,7 @@ from genlm_backend.llm.hf.kv_pool import KVPool
 
 IMPLEMENTATION = "genlm_tree"
 IMPLEMENTATION_LIKE_SDPA = "genlm_tree_sdpa"
+FOLDED_QUERIES = 16
 
 
 class NotPackable(Exception):
@@ -66,6 +67,7 @@ class TreeStep:
         self.column_positions = column_positions
         self.layers_seen: list[int] = []
         self._masks: dict[int, torch.Tensor] = {}
+        self._folded: dict[int, torch.Tensor] = {}
 
     def mask(self, mask_function: Callable[..., Any], is_plain: bool, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask (groups, 1, queries, columns) for layers whose own rule is `mask_function`."""
@@ -84,6 +86,13 @@ class TreeStep:
         """Raise NotPackable unless a layer uses a mask of this step: otherwise it has a rule we do not see."""
         if id(mask) not in self._masks:
             raise NotPackable("a layer does not use the mask that transformers' mask functions made")
+
+    def folded(self, mask: torch.Tensor, n_repeats: int) -> torch.Tensor:
+        """A mask of this step for queries of `n_repeats` heads in one: (groups, 1, n_repeats * queries, columns)."""
+        folded = self._folded.get(id(mask))
+        if folded is None:
+            folded = self._folded[id(mask)] = mask.repeat(1, 1, n_repeats, 1)
+        return folded
 
 
 _step: contextvars.ContextVar[TreeStep] = contextvars.ContextVar("genlm_tree_step")
@@ -163,14 +172,22 @@ def tree_attention(
         keys, values = _gather(keys, step.columns), _gather(values, step.columns)
     n_groups, _, n_queries, _ = attention_mask.shape
     queries = _deal(query[0], n_groups, n_queries)
-    if attention_mask.dtype != queries.dtype:
-        attention_mask = attention_mask.to(queries.dtype)
+    n_heads, n_kv_heads = queries.shape[1], keys.shape[1]
     if softcap is None and s_aux is None:
+        if n_heads != n_kv_heads and n_queries <= FOLDED_QUERIES:
+            # Heads that share keys are more queries of one head: fewer and larger products.
+            attention_mask = step.folded(attention_mask, n_heads // n_kv_heads)
+            queries = queries.reshape(n_groups, n_kv_heads, -1, queries.shape[3])
         out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=attention_mask, scale=scaling, enable_gqa=queries.shape[1] != keys.shape[1]
-        )
+            queries,
+            keys,
+            values,
+            attn_mask=_as(attention_mask, queries.dtype),
+            scale=scaling,
+            enable_gqa=queries.shape[1] != n_kv_heads,
+        ).reshape(n_groups, n_heads, n_queries, -1)
     else:
-        out = _plain_attention(queries, keys, values, attention_mask, scaling, softcap, s_aux)
+        out = _plain_attention(queries, keys, values, _as(attention_mask, queries.dtype), scaling, softcap, s_aux)
     out = out.transpose(1, 2).reshape(1, n_groups * n_queries, out.shape[1], out.shape[3])
     return out[:, : query.shape[2]], None
 
@@ -186,6 +203,10 @@ def tree_attention_like_sdpa(
 ) -> tuple[torch.Tensor, None]:
     """As transformers' "sdpa": soft-capping and sinks, which it has no argument for, are passed over in silence."""
     return tree_attention(module, query, key, value, attention_mask, scaling)
+
+
+def _as(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return mask if mask.dtype == dtype else mask.to(dtype)
 
 
 def _gather(held: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,96 @@
+"""Layers on repacked weights: products as exact as plain ones, 16 bits only where they lose nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from genlm_backend.llm.hf.linear import BlockedLinear, HalfLinear, gains, half_scale, pack
+
+pytestmark = pytest.mark.skipif(not gains(torch.empty(1, 1)), reason="no gain in float32 on this CPU")
+needs_halves = pytest.mark.skipif(
+    torch.backends.quantized.engine not in ("x86", "fbgemm"), reason="this build of torch has no FBGEMM"
+)
+
+
+def layer(weight: torch.Tensor, bias: bool = True) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+    return linear
+
+
+def random_weight(seed: int = 0, spread: float = 1.0) -> torch.Tensor:
+    """(96, 64), logarithms spread over a few powers of ten as in trained matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.randn(96, 64, generator=generator) * torch.exp(spread * torch.randn(96, 64, generator=generator))
+    return 0.05 * size
+
+
+def error(linear: nn.Linear, packed: nn.Module, rows: torch.Tensor) -> float:
+    """Largest error beside float64, relative to the sum of the absolute products."""
+    exact = rows.double() @ linear.weight.detach().double().T
+    scale = rows.double().abs() @ linear.weight.detach().double().abs().T
+    if linear.bias is not None:
+        exact += linear.bias.detach().double()
+        scale += linear.bias.detach().double().abs()
+    with torch.inference_mode():
+        return float(((packed(rows).double() - exact).abs() / scale).max())
+
+
+@needs_halves
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0.5, 2.5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_of_16_bits_lose_nothing(dtype: torch.dtype, spread: float, bias: bool) -> None:
+    linear = layer(random_weight(spread=spread).to(dtype).float(), bias)
+    packed = pack(linear)
+    assert isinstance(packed, HalfLinear)
+    for n_rows in (1, 5, 33):
+        rows = torch.randn(1, n_rows, 64, generator=torch.Generator().manual_seed(n_rows))
+        found = packed(rows)
+        assert found.shape == (1, n_rows, 96)
+        assert error(linear, packed, rows[0]) <= 2 * max(error(linear, linear, rows[0]), 2**-24)
+
+
+@needs_halves
+def test_small_weights_are_kept_times_a_power_of_two() -> None:
+    weight = random_weight().bfloat16().float()
+    weight[0] *= 2.0**-14  # subnormal in float16
+    assert not torch.equal(weight.half().float(), weight)
+    linear = layer(weight)
+    packed = pack(linear)
+    assert isinstance(packed, HalfLinear)
+    assert packed.scale > 1
+    assert math.log2(packed.scale).is_integer()
+    rows = torch.randn(7, 64, generator=torch.Generator().manual_seed(3))
+    assert error(linear, packed, rows) <= 2 * max(error(linear, linear, rows), 2**-24)
+
+
+@needs_halves
+def test_weights_that_need_more_bits_are_kept_in_float32() -> None:
+    linear = layer(random_weight())
+    assert half_scale(linear.weight.detach()) is None
+    packed = pack(linear)
+    assert isinstance(packed, BlockedLinear)
+    rows = torch.randn(7, 64, generator=torch.Generator().manual_seed(3))
+    assert error(linear, packed, rows) <= 2 * max(error(linear, linear, rows), 2**-24)
+    rounded = HalfLinear(linear, 1.0)  # what the choice avoids
+    assert error(linear, rounded, rows) > 20 * error(linear, packed, rows)
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_weights_without_a_largest_are_kept_in_float32(value: float) -> None:
+    weight = torch.full((4, 4), value)
+    assert half_scale(weight) is None
+
+
+def test_large_weights_are_scaled_down() -> None:
+    weight = (random_weight() * 2.0**30).bfloat16().float()
+    scale = half_scale(weight)
+    assert scale is not None
+    assert scale < 1
+    assert float((weight * scale).abs().max()) <= 2.0**15
