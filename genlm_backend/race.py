@@ -78,6 +78,23 @@ def draw_rows(
 
 
 @compiled()
+def draw_among(token_ids: npt.NDArray[np.int64], log_scores: npt.NDArray[np.float64], key: np.uint64) -> int:
+    """The index of the token drawn from a few, each with the noise it has in `draw_rows`; -1 where none is possible.
+
+    Args:
+        token_ids: (n,) int64.
+        log_scores: (n,) float64, nats, normalised or not.
+        key: uint64.
+    """
+    best, best_score = -1, -np.inf
+    for i in range(token_ids.size):
+        score = log_scores[i] + _noise(_bits(key, token_ids[i]))
+        if score > best_score:
+            best, best_score = i, score
+    return best
+
+
+@compiled()
 def log_mass_rows(
     rows: Float32s,
     row_stride: int,
@@ -196,8 +213,14 @@ def _ceiling(logprob: np.float32, top: np.float32, shrunk_inverse: np.float32, b
 
 @compiled()
 def _score(logprob: np.float32, top: np.float32, temperature: float, bits: np.uint64) -> float:
+    score: float = (np.float64(logprob) - np.float64(top)) / temperature + _noise(bits)
+    return score
+
+
+@compiled()
+def _noise(bits: np.uint64) -> float:
     x = min((np.float64(np.int64(bits >> _ONE)) + 0.5) * 2.0**-63, 1.0 - 2.0**-53)
-    return (np.float64(logprob) - np.float64(top)) / temperature - math.log(-math.log1p(-x))
+    return -math.log(-math.log1p(-x))
 
 
 @compiled(fastmath={"reassoc", "contract"})

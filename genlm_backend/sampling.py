@@ -20,7 +20,7 @@ import operator
 import os
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ Masks = Mask | Sequence[Mask | None] | None
 _COLDEST = 1e-30  # below, log-probabilities divided by it may overflow: there is no difference from 0 left
 _HOTTEST = 1e30  # above, likewise none from uniform
 _TOKENS_AT_ONCE = 1 << 24  # of the plain race, which holds several float64 arrays of this size (128 MiB each)
+_WORD = 0xFFFFFFFFFFFFFFFF
+_RUN = 64  # tokens of which the best is found first, where the best of a row are sought
 
 
 def draw_key(seed: int, lineage: tuple[int, ...] = (), step: int = 0, site: str = "") -> int:
@@ -100,6 +102,21 @@ def draw(
     if rows.device.type == "mps":  # has no float64
         return _draw_compiled(rows.cpu(), keys, temperatures, masks).to(rows.device)
     return draw_plainly(rows, keys, temperatures, masks)
+
+
+def draw_among(token_ids: npt.NDArray[np.int64], log_scores: npt.NDArray[np.floating[Any]], key: int) -> int:
+    """The index of one of a few tokens, with probability proportional to `exp(log_scores)`; -1 where none is possible.
+
+    A token has the noise that it has in `draw`, so leaving tokens out changes the draw only where it must.
+
+    Args:
+        token_ids: (n,) int64.
+        log_scores: (n,) nats, normalised or not.
+        key: From `draw_key`.
+    """
+    from genlm_backend import race
+
+    return int(race.draw_among(token_ids, log_scores.astype(np.float64, copy=False), np.uint64(key & _WORD)))
 
 
 def draw_plainly(
@@ -171,6 +188,31 @@ def log_mass(rows: torch.Tensor, masks: Masks = None, temperatures: Sequence[flo
         for i in range(0, len(rows), n_at_once)
     ]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=rows.device)
+
+
+def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` most probable tokens of each row, most probable first.
+
+    Args:
+        rows: (n, vocab) float; not changed.
+        k: 1 to vocab.
+
+    Returns:
+        (n, k) int64 token ids and (n, k) values. Which of equals come depends on the row only, not on the batch.
+    """
+    n_runs = rows.shape[1] // _RUN
+    if rows.device.type != "cpu" or n_runs < 4 * k:
+        top = rows.topk(k)
+        return top.indices, top.values
+    # The k best tokens are in the k runs with the best maxima, or beyond the last whole run: a fast pass finds these.
+    end = n_runs * _RUN
+    maxima = rows[:, :end].unflatten(1, (n_runs, _RUN)).amax(2)
+    starts = maxima.topk(k, sorted=False).indices * _RUN
+    candidates = (starts[:, :, None] + torch.arange(_RUN)).flatten(1)
+    rest = torch.arange(end, rows.shape[1]).expand(len(rows), -1)
+    candidates = torch.cat([candidates, rest], 1)
+    top = rows.gather(1, candidates).topk(k)
+    return candidates.gather(1, top.indices), top.values
 
 
 def with_temperature(logprobs: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -400,7 +442,7 @@ def _flat(rows: torch.Tensor) -> tuple[npt.NDArray[np.float32], int]:
 
 
 def _wrapped(keys: Sequence[int]) -> npt.NDArray[np.uint64]:
-    return np.array([int(key) & 0xFFFFFFFFFFFFFFFF for key in keys], np.uint64)
+    return np.array([int(key) & _WORD for key in keys], np.uint64)
 
 
 def _signed(word: int) -> int:

@@ -633,3 +633,17 @@ def test_prepare_compiles_what_later_draws_use() -> None:
     sampling.draw(rows, [1, 2, 3], [1.0, 0.5, 0.0], [None, torch.ones(100, dtype=torch.bool), None])
     sampling.log_mass(rows)
     assert len(race.draw_rows.signatures) == n_before
+
+
+@pytest.mark.parametrize("n_tokens", [64, 1000, 4096, 4100])
+def test_the_best_tokens_are_those_of_a_sort_with_equals_at_the_border(n_tokens):
+    rows = torch.randn(7, n_tokens, generator=torch.Generator().manual_seed(0)).bfloat16().float()  # many equals
+    rows[1] = -math.inf
+    rows[1, -3:] = torch.tensor([-1.0, -3.0, -2.0])
+    for k in (1, 3, 50):
+        token_ids, values = sampling.top_k(rows, k)
+        assert torch.equal(values, rows.sort(1, descending=True).values[:, :k])
+        assert torch.equal(rows.gather(1, token_ids), values)
+        assert all(len(set(of_row)) == k for of_row in token_ids.tolist())
+        alone = torch.cat([sampling.top_k(row[None], k)[0] for row in rows])
+        assert torch.equal(alone, token_ids)

@@ -315,8 +315,10 @@ class Loop:
 
 async def _answer(outcome: Any) -> tuple[Any, Verdict]:
     """What `step` gave, awaited where it is a coroutine."""
-    answer: tuple[Any, Verdict] = await outcome if inspect.isawaitable(outcome) else outcome
-    return answer
+    if type(outcome) is not tuple and inspect.isawaitable(outcome):
+        outcome = await outcome
+    state, verdict = outcome
+    return state, verdict
 
 
 def _muted(owner: Owned | None) -> tuple[int, ...]:

@@ -19,7 +19,6 @@ from genlm_backend.backtracking.distribution import (
     Filters,
     Floats,
     alive_scores,
-    best_of,
     draw,
     from_best,
     from_row,
@@ -90,14 +89,10 @@ class Proposal:
         if self._set.rule.chooses:
             return await self._chosen(dist, scores, prefix)
         self.n_draws += 1
-        if self._set.filters.is_greedy:
-            token_id = best_of(dist, scores)
-        else:
-            token_id = draw(dist, scores, self._key())
-        if token_id is None:
+        i = draw(dist, scores, None if self._set.filters.is_greedy else self._key())
+        if i is None:
             return None
-        i = dist.index(token_id)
-        assert i is not None
+        token_id = i if dist.token_ids is None else int(dist.token_ids[i])
         log_q = float(dist.log_q[i])
         return Drawn(token_id, float(dist.logprobs[i]), log_q, math.exp(log_q), dist, log_mass)
 
@@ -115,8 +110,10 @@ class Proposal:
             k = min(filters.top_k, len(self._set.llm.byte_vocab))
             best = await self._query(prefix, TopK(k))
             token_ids, logprobs = best.token_ids.cpu().numpy(), best.logprobs.cpu().numpy()
-            possible = int(np.count_nonzero(logprobs > -math.inf))
-            dist = from_best(token_ids[:possible], logprobs[:possible], filters, log_normalizer)
+            if logprobs[-1] == -math.inf:  # fewer are possible
+                possible = int(np.count_nonzero(logprobs > -math.inf))
+                token_ids, logprobs = token_ids[:possible], logprobs[:possible]
+            dist = from_best(token_ids, logprobs, filters, log_normalizer)
         else:
             row = (await self._query(prefix, Row())).cpu().numpy()
             scaled = scaled_row(row, filters)

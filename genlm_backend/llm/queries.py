@@ -160,19 +160,30 @@ def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
             answers[i] = min(log_mass, 0.0)
     for i, next_bytes in _byte_marginals(block, asked):
         answers[i] = next_bytes
+    for i, top_tokens in _top_tokens(block, asked):
+        answers[i] = top_tokens
     for i, (row, query) in enumerate(asked):
         match query:
             case Row():
                 answers[i] = block.logprobs[row].clone()
             case LogNormalizer():
                 answers[i] = block.log_normalizers[row]
-            case TopK(k):
-                top = block.logprobs[row].topk(k)
-                answers[i] = TopTokens(top.indices, top.values)
             case Logprobs(token_ids):
                 chosen = torch.tensor(token_ids, dtype=torch.int64, device=block.logprobs.device)
                 answers[i] = block.logprobs[row, chosen]
     return answers
+
+
+def _top_tokens(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple[int, TopTokens]]:
+    """Place and answer of each `TopK`; those of one k are found together."""
+    by_k: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for i, (row, query) in enumerate(asked):
+        if isinstance(query, TopK):
+            by_k[query.k].append((i, row))
+    for k, members in by_k.items():
+        token_ids, logprobs = sampling.top_k(_rows(block, [row for _, row in members]), k)
+        for (i, _), of_row, values in zip(members, token_ids.unbind(), logprobs.unbind(), strict=True):
+            yield i, TopTokens(of_row, values)
 
 
 def _byte_marginals(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple[int, NextBytes]]:
