@@ -20,7 +20,7 @@ import operator
 import os
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,6 @@ Masks = Mask | Sequence[Mask | None] | None
 _COLDEST = 1e-30  # below, log-probabilities divided by it may overflow: there is no difference from 0 left
 _HOTTEST = 1e30  # above, likewise none from uniform
 _TOKENS_AT_ONCE = 1 << 24  # of the plain race, which holds several float64 arrays of this size (128 MiB each)
-_WORD = 0xFFFFFFFFFFFFFFFF
-_RUN = 64  # tokens of which the best is found first, where the best of a row are sought
 
 
 def draw_key(seed: int, lineage: tuple[int, ...] = (), step: int = 0, site: str = "") -> int:
@@ -104,19 +102,25 @@ def draw(
     return draw_plainly(rows, keys, temperatures, masks)
 
 
-def draw_among(token_ids: npt.NDArray[np.int64], log_scores: npt.NDArray[np.floating[Any]], key: int) -> int:
-    """The index of one of a few tokens, with probability proportional to `exp(log_scores)`; -1 where none is possible.
+def draw_among(
+    token_ids: npt.NDArray[np.int64], log_scores: npt.NDArray[np.float64], keys: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    """Where in each row of a few tokens the drawn one is, with probability proportional to `exp(log_scores)`.
 
     A token has the noise that it has in `draw`, so leaving tokens out changes the draw only where it must.
 
     Args:
-        token_ids: (n,) int64.
-        log_scores: (n,) nats, normalised or not.
-        key: From `draw_key`.
+        token_ids: (n, k) int64.
+        log_scores: (n, k) float64, nats, normalised or not.
+        keys: n integers, from `draw_key`.
+
+    Returns:
+        (n,) int64, 0 to k - 1; -1 where none is possible.
     """
     from genlm_backend import race
 
-    return int(race.draw_among(token_ids, log_scores.astype(np.float64, copy=False), np.uint64(key & _WORD)))
+    places: npt.NDArray[np.int64] = race.draw_among(token_ids, log_scores, _wrapped(keys))
+    return places
 
 
 def draw_plainly(
@@ -198,21 +202,16 @@ def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         k: 1 to vocab.
 
     Returns:
-        (n, k) int64 token ids and (n, k) values. Which of equals come depends on the row only, not on the batch.
+        (n, k) int64 token ids and (n, k) float32, on the device of `rows`; on the CPU, of equals the lowest ids come.
     """
-    n_runs = rows.shape[1] // _RUN
-    if rows.device.type != "cpu" or n_runs < 4 * k:
-        top = rows.topk(k)
+    if rows.device.type != "cpu":
+        top = rows.float().topk(k)
         return top.indices, top.values
-    # The k best tokens are in the k runs with the best maxima, or beyond the last whole run: a fast pass finds these.
-    end = n_runs * _RUN
-    maxima = rows[:, :end].unflatten(1, (n_runs, _RUN)).amax(2)
-    starts = maxima.topk(k, sorted=False).indices * _RUN
-    candidates = (starts[:, :, None] + torch.arange(_RUN)).flatten(1)
-    rest = torch.arange(end, rows.shape[1]).expand(len(rows), -1)
-    candidates = torch.cat([candidates, rest], 1)
-    top = rows.gather(1, candidates).topk(k)
-    return candidates.gather(1, top.indices), top.values
+    from genlm_backend import race
+
+    flat, stride = _flat(rows)
+    token_ids, values = race.top_rows(flat, stride, *rows.shape, k)
+    return torch.from_numpy(token_ids), torch.from_numpy(values)
 
 
 def with_temperature(logprobs: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -442,7 +441,7 @@ def _flat(rows: torch.Tensor) -> tuple[npt.NDArray[np.float32], int]:
 
 
 def _wrapped(keys: Sequence[int]) -> npt.NDArray[np.uint64]:
-    return np.array([int(key) & _WORD for key in keys], np.uint64)
+    return np.array([int(key) & 0xFFFFFFFFFFFFFFFF for key in keys], np.uint64)
 
 
 def _signed(word: int) -> int:

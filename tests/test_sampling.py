@@ -635,15 +635,17 @@ def test_prepare_compiles_what_later_draws_use() -> None:
     assert len(race.draw_rows.signatures) == n_before
 
 
-@pytest.mark.parametrize("n_tokens", [64, 1000, 4096, 4100])
-def test_the_best_tokens_are_those_of_a_sort_with_equals_at_the_border(n_tokens):
+@pytest.mark.parametrize("n_tokens", [64, 1000, 4100])
+def test_the_best_tokens_are_those_of_a_stable_sort(n_tokens):
     rows = torch.randn(7, n_tokens, generator=torch.Generator().manual_seed(0)).bfloat16().float()  # many equals
     rows[1] = -math.inf
     rows[1, -3:] = torch.tensor([-1.0, -3.0, -2.0])
-    for k in (1, 3, 50):
-        token_ids, values = sampling.top_k(rows, k)
-        assert torch.equal(values, rows.sort(1, descending=True).values[:, :k])
-        assert torch.equal(rows.gather(1, token_ids), values)
-        assert all(len(set(of_row)) == k for of_row in token_ids.tolist())
+    rows[2, ::2] = -math.inf
+    wide = torch.cat([rows, rows], 1)[:, :n_tokens]  # cut out of wider rows
+    ordered = rows.sort(dim=1, descending=True, stable=True)
+    for k in (1, 3, 50, n_tokens):
+        for some in (rows, wide, rows.bfloat16()):
+            token_ids, values = sampling.top_k(some, k)
+            assert torch.equal(token_ids, ordered.indices[:, :k]) and torch.equal(values, ordered.values[:, :k])
         alone = torch.cat([sampling.top_k(row[None], k)[0] for row in rows])
         assert torch.equal(alone, token_ids)

@@ -251,7 +251,7 @@ def draw(dist: Distribution, log_scores: Floats, key: int | None) -> int | None:
         row = torch.from_numpy(np.ascontiguousarray(log_scores, np.float32))
         i = int(sampling.draw(row[None], [key])[0])
     else:
-        i = sampling.draw_among(dist.token_ids, log_scores, key)
+        i = int(sampling.draw_among(dist.token_ids[None], log_scores[None].astype(np.float64, copy=False), [key])[0])
     return i if i >= 0 else None
 
 

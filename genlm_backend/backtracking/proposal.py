@@ -79,7 +79,7 @@ class Proposal:
             node: What was removed below it.
             mask: (vocab,) bool, the tokens that may be drawn; None is all.
         """
-        if self._set.engine_draws and node.is_whole and (mask is None or self._set.filters.temperature == 1):
+        if self._set.engine_draws and node.is_whole and (mask is None or self._masks_by_engine):
             return await self._drawn_by_engine(prefix, mask)
         dist = await self.distribution(prefix)
         scores, log_mass = alive_scores(dist, node, mask)
@@ -107,8 +107,7 @@ class Proposal:
             filters = Filters(filters.divisor)
         log_normalizer = await self._log_normalizer(prefix) if rule.sees >= Sees.LOGITS else None
         if filters.top_k is not None and rule.sees < Sees.ROW and not rule.warps:
-            k = min(filters.top_k, len(self._set.llm.byte_vocab))
-            best = await self._query(prefix, TopK(k))
+            best = await self._query(prefix, TopK(min(filters.top_k, len(self._set.llm.byte_vocab))))
             token_ids, logprobs = best.token_ids.cpu().numpy(), best.logprobs.cpu().numpy()
             if logprobs[-1] == -math.inf:  # fewer are possible
                 possible = int(np.count_nonzero(logprobs > -math.inf))
@@ -130,7 +129,7 @@ class Proposal:
     async def _drawn_by_engine(self, prefix: Prefix, mask: BoolRow | None) -> Drawn | None:
         """The common case: no row leaves the engine, and a batch is drawn at once."""
         self.n_draws += 1
-        query = Draw(self._key(), self._set.filters.temperature, mask)
+        query = Draw(self._key(), self._set.filters.temperature, mask, self._top_k(prefix.name))
         try:
             token_id, logprob, log_q = await self._query(prefix, query)
         except NoTokenAllowed:
@@ -139,6 +138,14 @@ class Proposal:
             log_q = logprob if self._set.filters.is_greedy else log_q
             return Drawn(token_id, logprob, log_q, math.exp(log_q), None)
         return Drawn(token_id, logprob, logprob, math.exp(logprob), None, logprob - log_q)
+
+    @property
+    def _masks_by_engine(self) -> bool:
+        return self._set.filters.temperature == 1 and self._set.filters.top_k is None
+
+    def _top_k(self, name: int) -> int | None:
+        top_k = None if name in self._wide else self._set.filters.top_k
+        return None if top_k is None else min(top_k, len(self._set.llm.byte_vocab))
 
     async def _chosen(self, dist: Distribution, scores: Floats, prefix: Prefix) -> Drawn | Undo | Splice:
         left = scores > -math.inf

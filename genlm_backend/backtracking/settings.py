@@ -95,5 +95,13 @@ class Settings:
     @property
     def engine_draws(self) -> bool:
         """Whether a draw by the engine tells all that the rules look at."""
-        rule = self.rule
-        return not (self.filters.truncates or rule.warps or rule.chooses) and rule.sees == Sees.TOKEN
+        rule, filters = self.rule, self.filters
+        if (
+            rule.warps
+            or rule.chooses
+            or rule.sees > Sees.TOKEN
+            or filters.top_p is not None
+            or filters.min_p is not None
+        ):
+            return False
+        return filters.top_k is None or not filters.is_greedy

@@ -196,7 +196,9 @@ def test_noise_at_some_tokens_is_that_of_a_draw():
     ids = rng.permutation(49152)[:50]
     scores = rng.normal(size=50) * 2
     keys = [*range(200), 12345678901234567890]
-    drawn = [sampling.draw_among(ids, scores, key) for key in keys]
+    drawn = [int(sampling.draw_among(ids[None], scores[None], [key])[0]) for key in keys]
+    rows = np.tile(ids, (len(keys), 1)), np.tile(scores, (len(keys), 1))
+    assert sampling.draw_among(*rows, keys).tolist() == drawn
     noise = sampling.gumbel_noise(keys, 49152).numpy()[:, ids]
     assert drawn == (scores + noise).argmax(1).tolist() and len(set(drawn)) > 20
-    assert sampling.draw_among(ids, np.full(50, -np.inf), 1) == -1
+    assert sampling.draw_among(ids[None], np.full((1, 50), -np.inf), [1]).tolist() == [-1]
