@@ -24,6 +24,7 @@ from genlm_backend.compiled import compiled
 
 Float32s = npt.NDArray[np.float32]
 
+_RUN = 64  # tokens of which the highest is found first, where the highest of a row are sought
 _BLOCK = 256  # tokens whose ceilings are computed together; 64 to 1,024 measured alike
 
 # SplitMix64: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", with Stafford's variant 13.
@@ -75,6 +76,70 @@ def draw_rows(
             row = scratch
         token_ids[i] = _draw_row(row, keys[i], temperatures[i])
     return token_ids
+
+
+@compiled()
+def draw_among(
+    token_ids: npt.NDArray[np.int64], log_scores: npt.NDArray[np.float64], keys: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.int64]:
+    """Where in each row of a few tokens the drawn one is; each token has the noise that it has in `draw_rows`.
+
+    Args:
+        token_ids: (n, k) int64.
+        log_scores: (n, k) float64, nats, normalised or not.
+        keys: (n,) uint64.
+
+    Returns:
+        (n,) int64; -1 where none is possible.
+    """
+    places = np.full(keys.size, -1)
+    for i in range(keys.size):
+        best_score = -np.inf
+        for j in range(token_ids.shape[1]):
+            score = log_scores[i, j] + _noise(_bits(keys[i], token_ids[i, j]))
+            if score > best_score:
+                places[i], best_score = j, score
+    return places
+
+
+@compiled()
+def top_rows(
+    rows: Float32s, row_stride: int, n_rows: int, n_tokens: int, k: int
+) -> tuple[npt.NDArray[np.int64], Float32s]:
+    """The k highest entries of each row, highest first, of equals the lowest ids: (n, k) int64 and (n, k) float32.
+
+    They are in the k runs of tokens with the highest maxima: one fast pass finds these, and few tokens are sorted.
+
+    Args:
+        rows: flat float32, as in `draw_rows`.
+        k: 1 to n_tokens.
+    """
+    token_ids, values = np.empty((n_rows, k), np.int64), np.empty((n_rows, k), np.float32)
+    n_runs = (n_tokens + _RUN - 1) // _RUN
+    maxima = np.empty(n_runs, np.int32)
+    candidates, ranks = np.empty(n_tokens, np.int64), np.empty(n_tokens, np.int64)
+    for i in range(n_rows):
+        row = rows[i * row_stride : i * row_stride + n_tokens]
+        bits = row.view(np.int32)
+        for run in range(n_runs):
+            highest = np.int32(-0x80000000)
+            for v in range(run * _RUN, min((run + 1) * _RUN, n_tokens)):
+                highest = max(highest, bits[v] ^ ((bits[v] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+            maxima[run] = highest
+        hurdle = np.partition(maxima, n_runs - k)[n_runs - k] if k <= n_runs else np.int32(-0x80000000)
+        n = 0
+        for run in range(n_runs):
+            if maxima[run] >= hurdle:
+                for v in range(run * _RUN, min((run + 1) * _RUN, n_tokens)):
+                    rank = bits[v] ^ ((bits[v] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+                    if rank >= hurdle:
+                        candidates[n], ranks[n] = v, -np.int64(rank)
+                        n += 1
+        order = np.argsort(ranks[:n], kind="mergesort")
+        for place in range(k):
+            token_ids[i, place] = candidates[order[place]]
+            values[i, place] = row[token_ids[i, place]]
+    return token_ids, values
 
 
 @compiled()
@@ -196,8 +261,14 @@ def _ceiling(logprob: np.float32, top: np.float32, shrunk_inverse: np.float32, b
 
 @compiled()
 def _score(logprob: np.float32, top: np.float32, temperature: float, bits: np.uint64) -> float:
+    score: float = (np.float64(logprob) - np.float64(top)) / temperature + _noise(bits)
+    return score
+
+
+@compiled()
+def _noise(bits: np.uint64) -> float:
     x = min((np.float64(np.int64(bits >> _ONE)) + 0.5) * 2.0**-63, 1.0 - 2.0**-53)
-    return (np.float64(logprob) - np.float64(top)) / temperature - math.log(-math.log1p(-x))
+    return -math.log(-math.log1p(-x))
 
 
 @compiled(fastmath={"reassoc", "contract"})

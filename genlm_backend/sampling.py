@@ -102,6 +102,27 @@ def draw(
     return draw_plainly(rows, keys, temperatures, masks)
 
 
+def draw_among(
+    token_ids: npt.NDArray[np.int64], log_scores: npt.NDArray[np.float64], keys: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    """Where in each row of a few tokens the drawn one is, with probability proportional to `exp(log_scores)`.
+
+    A token has the noise that it has in `draw`, so leaving tokens out changes the draw only where it must.
+
+    Args:
+        token_ids: (n, k) int64.
+        log_scores: (n, k) float64, nats, normalised or not.
+        keys: n integers, from `draw_key`.
+
+    Returns:
+        (n,) int64, 0 to k - 1; -1 where none is possible.
+    """
+    from genlm_backend import race
+
+    places: npt.NDArray[np.int64] = race.draw_among(token_ids, log_scores, _wrapped(keys))
+    return places
+
+
 def draw_plainly(
     rows: torch.Tensor,
     keys: Sequence[int],
@@ -171,6 +192,26 @@ def log_mass(rows: torch.Tensor, masks: Masks = None, temperatures: Sequence[flo
         for i in range(0, len(rows), n_at_once)
     ]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=rows.device)
+
+
+def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` most probable tokens of each row, most probable first.
+
+    Args:
+        rows: (n, vocab) float; not changed.
+        k: 1 to vocab.
+
+    Returns:
+        (n, k) int64 token ids and (n, k) float32, on the device of `rows`; on the CPU, of equals the lowest ids come.
+    """
+    if rows.device.type != "cpu":
+        top = rows.float().topk(k)
+        return top.indices, top.values
+    from genlm_backend import race
+
+    flat, stride = _flat(rows)
+    token_ids, values = race.top_rows(flat, stride, *rows.shape, k)
+    return torch.from_numpy(token_ids), torch.from_numpy(values)
 
 
 def with_temperature(logprobs: torch.Tensor, temperature: float) -> torch.Tensor:

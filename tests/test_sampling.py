@@ -633,3 +633,19 @@ def test_prepare_compiles_what_later_draws_use() -> None:
     sampling.draw(rows, [1, 2, 3], [1.0, 0.5, 0.0], [None, torch.ones(100, dtype=torch.bool), None])
     sampling.log_mass(rows)
     assert len(race.draw_rows.signatures) == n_before
+
+
+@pytest.mark.parametrize("n_tokens", [64, 1000, 4100])
+def test_the_best_tokens_are_those_of_a_stable_sort(n_tokens):
+    rows = torch.randn(7, n_tokens, generator=torch.Generator().manual_seed(0)).bfloat16().float()  # many equals
+    rows[1] = -math.inf
+    rows[1, -3:] = torch.tensor([-1.0, -3.0, -2.0])
+    rows[2, ::2] = -math.inf
+    wide = torch.cat([rows, rows], 1)[:, :n_tokens]  # cut out of wider rows
+    ordered = rows.sort(dim=1, descending=True, stable=True)
+    for k in (1, 3, 50, n_tokens):
+        for some in (rows, wide, rows.bfloat16()):
+            token_ids, values = sampling.top_k(some, k)
+            assert torch.equal(token_ids, ordered.indices[:, :k]) and torch.equal(values, ordered.values[:, :k])
+        alone = torch.cat([sampling.top_k(row[None], k)[0] for row in rows])
+        assert torch.equal(alone, token_ids)

@@ -24,9 +24,6 @@ Floats = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.int64]
 
 _NUCLEUS = 256  # tokens among which the mass of top-p is sought first
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_FIRST = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND = np.uint64(0x94D049BB133111EB)
 
 
 class Filters(NamedTuple):
@@ -150,7 +147,9 @@ def from_best(token_ids: Ids, logprobs: Floats, filters: Filters, log_normalizer
         filters: Among which top-k, already applied.
         log_normalizer: For rules that see logits.
     """
-    scaled = logprobs.astype(np.float64) / filters.divisor
+    scaled = logprobs.astype(np.float64)
+    if filters.divisor != 1.0:
+        scaled /= filters.divisor
     logits = None if log_normalizer is None else (logprobs.astype(np.float64) + log_normalizer) / filters.divisor
     if filters.min_p is None and filters.top_p is None:
         return Distribution(token_ids, logprobs, _normalised(scaled), log_normalizer, _logits=logits)
@@ -237,40 +236,23 @@ def reweighed(dist: Distribution, row: Floats, reweigh: Callable[[Floats], Float
     return replace(dist, token_ids=token_ids, logprobs=row[token_ids], log_q=q[token_ids], _logits=None)
 
 
-def best_of(dist: Distribution, log_scores: Floats) -> int | None:
-    """The token with the highest score, lowest id or highest rank among equals; None if none is possible."""
-    i = int(np.argmax(log_scores))
-    if not log_scores[i] > -math.inf:
-        return None
-    return i if dist.token_ids is None else int(dist.token_ids[i])
-
-
-def draw(dist: Distribution, log_scores: Floats, key: int) -> int | None:
-    """One token, with probability proportional to `exp(log_scores)`; None if none is possible.
+def draw(dist: Distribution, log_scores: Floats, key: int | None) -> int | None:
+    """The entry of one token, with probability proportional to `exp(log_scores)`; None if none is possible.
 
     Args:
         dist: Whose tokens the scores are for.
         log_scores: (n,) nats, normalised or not.
-        key: From `sampling.draw_key`.
+        key: From `sampling.draw_key`; None takes the highest score, lowest id or highest rank among equals.
     """
+    if key is None:
+        i = int(log_scores.argmax())
+        return i if log_scores[i] > -math.inf else None
     if dist.token_ids is None:
         row = torch.from_numpy(np.ascontiguousarray(log_scores, np.float32))
-        token_id = int(sampling.draw(row[None], [key])[0])
-        return token_id if token_id >= 0 else None
-    scores = log_scores + gumbel_at(key, dist.token_ids)
-    i = int(np.argmax(scores))
-    return int(dist.token_ids[i]) if scores[i] > -math.inf else None
-
-
-def gumbel_at(key: int, token_ids: Ids) -> npt.NDArray[np.float64]:
-    """(n,) the noise of some tokens: the columns `token_ids` of `sampling.gumbel_noise([key], ...)`."""
-    z = np.uint64(key & 0xFFFFFFFFFFFFFFFF) + (token_ids.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-    z = (z ^ (z >> np.uint64(30))) * _FIRST
-    z = (z ^ (z >> np.uint64(27))) * _SECOND
-    z = z ^ (z >> np.uint64(31))
-    x = np.minimum(((z >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-63, 1.0 - 2.0**-53)
-    noise: npt.NDArray[np.float64] = -np.log(-np.log1p(-x))
-    return noise
+        i = int(sampling.draw(row[None], [key])[0])
+    else:
+        i = int(sampling.draw_among(dist.token_ids[None], log_scores[None].astype(np.float64, copy=False), [key])[0])
+    return i if i >= 0 else None
 
 
 def _best(scaled: Floats, filters: Filters) -> Ids:

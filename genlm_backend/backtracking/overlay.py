@@ -54,6 +54,22 @@ WHOLE = Node(1.0, {})
 NOTHING = Node(0.0, {})
 
 
+class Overlay:
+    """What walks of one prompt have removed, to be shared by them: each makes the later ones cheaper.
+
+    Only for mode `exact`, the same prompt, rules, temperature and filters. A walk reads it when it starts from the
+    prompt, so concurrent walks stay exact.
+    """
+
+    def __init__(self) -> None:
+        self.root = WHOLE
+
+    @property
+    def alive(self) -> float:
+        """The share of the model's texts that is left: at the end of many walks, an upper bound of the mass of C."""
+        return self.root.alive
+
+
 class Siblings(NamedTuple):
     """Tokens to remove besides the last one of a path: their mask, (vocab,) bool, and their mass given the prefix."""
 

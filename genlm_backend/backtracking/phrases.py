@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from genlm_backend.backtracking.characters import Characters, is_word
 from genlm_backend.backtracking.rules import KEEP, BoolRow, Keep, Prompt, Rule, Step, Undo, Verdict
 from genlm_backend.tokenization import Token
 
+_AUTOMATA: WeakValueDictionary[tuple[str, ...], Automaton] = WeakValueDictionary()
 _ENDS: dict[int, tuple[Sequence[Token], BoolRow]] = {}  # by identity; the vocabulary is kept, so its number stays its
 
 
@@ -75,7 +77,7 @@ class Search:
         if not self.keeps:
             raise ValueError("there is no phrase to look for; expected at least one")
         self.longest = max(map(len, self.keeps))
-        self._automaton = Automaton(list(self.keeps))
+        self._automaton = _automaton(tuple(self.keeps))
 
     def start(self, prompt: Prompt) -> Searched:
         """The state at the end of a prompt."""
@@ -146,6 +148,14 @@ class Search:
         text = name.decode("utf-8", "replace")
         text = text.casefold() if self.fold else text
         return any(text in phrase for phrase in self.keeps)
+
+
+def _automaton(phrases: tuple[str, ...]) -> Automaton:
+    """One for all searches for these phrases while any of them lives: it holds no state of theirs."""
+    known = _AUTOMATA.get(phrases)
+    if known is None:
+        known = _AUTOMATA[phrases] = Automaton(phrases)
+    return known
 
 
 class Phrases(Rule[Searched]):

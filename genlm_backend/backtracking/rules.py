@@ -368,7 +368,7 @@ class AllOf(Rule[tuple[Any, ...]]):
 
     def step(self, state: tuple[Any, ...], step: Step) -> Any:
         outcomes = self._outcomes(state, step)
-        if any(inspect.isawaitable(outcome) for outcome in outcomes):
+        if not all(type(outcome) is tuple for outcome in outcomes) and any(map(inspect.isawaitable, outcomes)):
             return self._awaited(outcomes, len(step.piece))
         return self._joined(outcomes, len(step.piece))
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from genlm_backend.backtracking.walk import End, Event, Forced, Outcome, Retract, Token
+from genlm_backend.backtracking.events import End, Event, Forced, Outcome, Retract, Token
 from genlm_backend.llm.base import AsyncLM
 
 KINDS = ("kept", "retracted", "forced", "healed")

@@ -105,19 +105,16 @@ def _named(name: str, load: Callable[[], T]) -> T:
         return load()
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         text = str(error)
+        first = next(iter(text.splitlines()), type(error).__name__)
         if "trust_remote_code" in text:
             raise RemoteCodeRefused(name) from error
         if "safetensors" in text and "in directory" not in text and isinstance(error, OSError):
             raise UnsafeWeights(name) from error  # a local directory of pickles was refused before
         if isinstance(error, OSError):
-            raise ModelNotFound(name, f"{REMEDY} ({text.splitlines()[0][:200]})") from error
+            raise ModelNotFound(name, f"{REMEDY} ({first[:200]})") from error
         if isinstance(error, ValueError | StrictDataclassError):
-            raise UnsupportedModel(
-                f"transformers cannot load {name!r}: {text.splitlines()[0][:300]}", REMEDY
-            ) from error
-        raise BackendUnavailable(
-            f"a package that {name!r} needs ({text.splitlines()[0][:200]})", "see above"
-        ) from error
+            raise UnsupportedModel(f"transformers cannot load {name!r}: {first[:300]}", REMEDY) from error
+        raise BackendUnavailable(f"a package that {name!r} needs ({first[:200]})", "see above") from error
 
 
 def _has_only_pickles(folder: Path) -> bool:

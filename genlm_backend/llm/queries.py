@@ -35,11 +35,13 @@ class Draw(NamedTuple):
         key: From `sampling.draw_key`.
         temperature: Divides the log-probabilities; 0 takes the most probable token.
         mask: `(vocab,)` bool, the tokens that may be drawn; None allows all.
+        top_k: Among the so many most probable tokens; None is all. Not beside a mask.
     """
 
     key: int
     temperature: float = 1.0
     mask: Mask | None = None
+    top_k: int | None = None
 
 
 class Drawn(NamedTuple):
@@ -107,15 +109,18 @@ def check_query(query: object, n_vocab: int) -> Query:
     match query:
         case Row() | LogNormalizer():
             return query
-        case Draw(key, temperature, mask):
+        case Draw(key, temperature, mask, top_k):
             if isinstance(key, bool) or not isinstance(key, int | np.integer):
                 raise InvalidQuery(f"the key of Draw is {key!r}; expected an integer from sampling.draw_key(...)")
             if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
                 raise InvalidQuery(f"the temperature of Draw is {temperature!r}; expected a finite number >= 0")
-            return Draw(int(key), float(temperature), None if mask is None else _checked_mask(mask, n_vocab))
+            if top_k is not None:
+                _check_k(top_k, n_vocab, "the top_k of Draw")
+                if mask is not None:
+                    raise InvalidQuery("Draw has a mask and a top_k; expected one of them, or None for both")
+            return Draw(int(key), float(temperature), None if mask is None else _checked_mask(mask, n_vocab), top_k)
         case TopK(k):
-            if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n_vocab:
-                raise InvalidQuery(f"the k of TopK is {k!r}; expected 1 to {n_vocab}")
+            _check_k(k, n_vocab, "the k of TopK")
             return query
         case Logprobs(token_ids):
             try:
@@ -146,7 +151,7 @@ def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
         asked: (row, query) pairs; each row is finite.
     """
     answers: list[Any] = [None] * len(asked)
-    draws = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, Draw)]
+    draws = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, Draw) and not query.top_k]
     masses = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, MaskMass)]
     if draws:
         rows = _rows(block, [row for _, row, _ in draws])
@@ -160,19 +165,52 @@ def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
             answers[i] = min(log_mass, 0.0)
     for i, next_bytes in _byte_marginals(block, asked):
         answers[i] = next_bytes
+    for i, of_best in _of_best(block, asked):
+        answers[i] = of_best
     for i, (row, query) in enumerate(asked):
         match query:
             case Row():
                 answers[i] = block.logprobs[row].clone()
             case LogNormalizer():
                 answers[i] = block.log_normalizers[row]
-            case TopK(k):
-                top = block.logprobs[row].topk(k)
-                answers[i] = TopTokens(top.indices, top.values)
             case Logprobs(token_ids):
                 chosen = torch.tensor(token_ids, dtype=torch.int64, device=block.logprobs.device)
                 answers[i] = block.logprobs[row, chosen]
     return answers
+
+
+def _of_best(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple[int, TopTokens | Drawn]]:
+    """Place and answer of each `TopK` and each `Draw` with a `top_k`; those of one k are found together."""
+    by_k: dict[int, list[tuple[int, int, TopK | Draw]]] = defaultdict(list)
+    for i, (row, query) in enumerate(asked):
+        if isinstance(query, TopK):
+            by_k[query.k].append((i, row, query))
+        elif isinstance(query, Draw) and query.top_k:
+            by_k[query.top_k].append((i, row, query))
+    for k, members in by_k.items():
+        token_ids, logprobs = sampling.top_k(_rows(block, [row for _, row, _ in members]), k)
+        for (i, _, query), of_row, values in zip(members, token_ids.unbind(), logprobs.unbind(), strict=True):
+            if isinstance(query, TopK):
+                yield i, TopTokens(of_row, values)
+        draws = [(at, query) for at, (_, _, query) in enumerate(members) if isinstance(query, Draw)]
+        if draws:
+            at = [at for at, _ in draws]
+            some = slice(None) if len(at) == len(members) else at
+            drawn = _draw_among(token_ids[some].cpu(), logprobs[some].cpu(), [query for _, query in draws])
+            yield from zip([members[i][0] for i in at], drawn, strict=True)
+
+
+def _draw_among(token_ids: torch.Tensor, logprobs: torch.Tensor, queries: list[Draw]) -> Iterator[Drawn]:
+    """Draws from the best tokens of each row, most probable first: (n, k) on the CPU."""
+    divisors = [query.temperature if query.temperature >= 1e-30 else 0.0 for query in queries]
+    scaled = logprobs.numpy() / np.array([divisor or 1.0 for divisor in divisors])[:, None]
+    top = scaled.max(1, keepdims=True)
+    log_q = scaled - (top + np.log(np.exp(scaled - top).sum(1, keepdims=True)))
+    places = sampling.draw_among(token_ids.numpy(), log_q, [query.key for query in queries]).tolist()
+    for row, (place, divisor) in enumerate(zip(places, divisors, strict=True)):
+        place = place if divisor else 0
+        value = min(float(log_q[row, place]), 0.0) if divisor else 0.0
+        yield Drawn(int(token_ids[row, place]), float(logprobs[row, place]), value)
 
 
 def _byte_marginals(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple[int, NextBytes]]:
@@ -212,6 +250,11 @@ def _draw(rows: torch.Tensor, queries: list[Draw]) -> list[Drawn | NoTokenAllowe
 def _rows(block: Block, rows: list[int]) -> torch.Tensor:
     """Those rows in that order, without a copy when it is the whole block."""
     return block.logprobs if rows == list(range(len(block.logprobs))) else block.logprobs[rows]
+
+
+def _check_k(k: object, n_vocab: int, what: str) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n_vocab:
+        raise InvalidQuery(f"{what} is {k!r}; expected 1 to {n_vocab}")
 
 
 def _checked_mask(mask: Mask, n_vocab: int) -> torch.Tensor:

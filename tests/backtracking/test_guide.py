@@ -413,6 +413,7 @@ def server(tiny_tokenizer_512: PreTrainedTokenizerFast) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.thorough
 async def test_a_server_is_a_model(server: Any, is_chat: bool) -> None:
     url, handler = server
     model = OpenAICompatible(

@@ -35,7 +35,7 @@ def test_a_guess_is_what_followed_the_longest_end_that_stood_before(ids, n):
     assert looked_up(ids, n) == expected
 
 
-@pytest.mark.parametrize("mode", ["exact", "local", "first", "mask", "none"])
+@pytest.mark.parametrize("mode", [pytest.param("exact", marks=pytest.mark.thorough), "local", "first", "mask", "none"])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.95, "temperature": 1.3}], ids=str)
 def test_the_text_is_the_same(mode, filters):
     async def run(n: int) -> tuple[list, int]:
@@ -136,6 +136,7 @@ async def test_cancelled_in_the_middle_it_leaves_nothing_behind():
         check_idle(llm)
 
 
+@pytest.mark.thorough
 async def test_on_packed_attention_guesses_come_true_in_fewer_forward_passes(tiny_llama, tiny_tokenizer_512):
     async with AsyncTransformer(tiny_llama, tiny_tokenizer_512) as llm:
         made = []
@@ -162,6 +163,7 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.99}], ids=str)
+@pytest.mark.thorough
 async def test_what_a_grammar_forces_takes_no_forward_pass_of_its_own(
     tiny_llama, tiny_tokenizer_512, monkeypatch, filters
 ):

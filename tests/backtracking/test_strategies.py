@@ -202,7 +202,7 @@ def test_a_person_goes_back_and_the_stream_is_what_stays():
 
 
 def test_a_person_is_not_asked_about_what_is_certain_and_a_choice_is_the_choice():
-    llm = model(otherwise={"a": 0.999, "c": 0.0005, ".": 0.0005})
+    llm = model(otherwise={"a": 0.999, "c": 0.0006, ".": 0.0004})
     assert text_of(llm, HumanGuidanceStrategy(llm, min_autopass=0.9, ask=None), max_new_tokens=3) == "aaa"
     assert text_of(llm, HumanGuidanceStrategy(llm, ask=lambda options, text: 2), max_new_tokens=30) == "." * 30
 

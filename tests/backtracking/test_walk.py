@@ -9,7 +9,6 @@ import pytest
 
 from genlm_backend import sampling
 from genlm_backend.backtracking import Budget, Forced, Overlay, Replace, Retract, Undo, all_of, phrases, rule, walk
-from genlm_backend.backtracking.distribution import gumbel_at
 from genlm_backend.errors import InvalidQuery, RuleRefused, WalkExhausted
 from genlm_backend.testing import FakeEngine, check_idle, fake_language_model
 from tests.backtracking import toy
@@ -193,6 +192,13 @@ def test_a_procedure_is_refused_by_name_where_it_has_no_law():
 
 
 def test_noise_at_some_tokens_is_that_of_a_draw():
-    ids = np.array([0, 5, 49151])
-    noise = sampling.gumbel_noise([12345678901234567890], 49152)[0].numpy()
-    assert np.allclose(gumbel_at(12345678901234567890, ids), noise[ids], rtol=1e-12)
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(49152)[:50]
+    scores = rng.normal(size=50) * 2
+    keys = [*range(200), 12345678901234567890]
+    drawn = [int(sampling.draw_among(ids[None], scores[None], [key])[0]) for key in keys]
+    rows = np.tile(ids, (len(keys), 1)), np.tile(scores, (len(keys), 1))
+    assert sampling.draw_among(*rows, keys).tolist() == drawn
+    noise = sampling.gumbel_noise(keys, 49152).numpy()[:, ids]
+    assert drawn == (scores + noise).argmax(1).tolist() and len(set(drawn)) > 20
+    assert sampling.draw_among(ids[None], np.full((1, 50), -np.inf), [1]).tolist() == [-1]

@@ -128,6 +128,7 @@ class ForgetsJoined(Pending):
 
 
 @pytest.mark.parametrize("mutant", [NewestFirst, KeepsTheDead, ForgetsJoined])
+@pytest.mark.thorough
 def test_the_machine_finds_a_wrong_queue(mutant: type[Pending]) -> None:
     class Machine(AgainstAList):
         make = mutant

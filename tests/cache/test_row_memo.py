@@ -176,6 +176,7 @@ class OffByOneRow(RowMemo):
 
 
 @pytest.mark.parametrize("mutant", [OldestWritten, ForgetsTheInnocent, OffByOneRow])
+@pytest.mark.thorough
 def test_the_machine_finds_a_wrong_memo(mutant: type[RowMemo]) -> None:
     class Machine(AgainstAList):
         make = mutant

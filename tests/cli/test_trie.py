@@ -26,6 +26,7 @@ def llm(tiny_tokenizer_512: PreTrainedTokenizerFast) -> Iterator[MockAsyncLM]:
 
 
 @pytest.mark.parametrize("prefix", [b"", b"t"])
+@pytest.mark.thorough
 def test_next_bytes_are_sums_over_tokens(llm: MockAsyncLM, prefix: bytes) -> None:
     row = llm.next_token_logprobs_sync(llm.tokenizer.encode("a"))
     found = next_bytes(TokenCharacterTrie(llm.byte_vocab), llm.byte_vocab, row, prefix)

@@ -98,6 +98,7 @@ async def test_the_prompt_is_not_changed(llm: AsyncLM) -> None:
     assert prompt == PROMPT
 
 
+@pytest.mark.thorough
 async def test_samples_follow_the_model(llm: AsyncLM, engine: FakeEngine) -> None:
     """First tokens of 4,000 samples: sum |p_hat - p| <= sqrt(2 (K ln 2 + ln(1/delta)) / n), delta = 1e-9."""
     n = 4000

@@ -181,6 +181,7 @@ class TestDemoModel:
 
 
 @needs_gguf
+@pytest.mark.thorough
 class TestConversion:
     def test_gives_a_model_that_transformers_loads_in_bfloat16(self, tiny_gguf: Path, cache: Path) -> None:
         import gguf

@@ -66,8 +66,10 @@ def check(outcome: Any, query: Query, block: Block, row: int) -> None:
         case MaskMass(mask):
             expected = logprobs[torch.as_tensor(mask)].logsumexp(-1).item()
             assert isinstance(outcome, float) and outcome == pytest.approx(expected, abs=2e-6)
-        case Draw(key, temperature, mask):
+        case Draw(key, temperature, mask, top_k):
             allowed = torch.ones(N_VOCAB, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
+            if top_k is not None:
+                allowed = logprobs >= logprobs.sort().values[-top_k]
             (token,) = sampling.draw_plainly(block.logprobs[row : row + 1], [key], [temperature], [allowed]).tolist()
             assert isinstance(outcome, Drawn) and outcome.token_id == token and allowed[token]
             assert outcome.logprob == pytest.approx(logprobs[token].item(), abs=2e-6)
@@ -94,6 +96,11 @@ def queries_for(row: int, masks: torch.Tensor) -> list[Query]:
         Draw(row + 30, 2.0, masks[row].numpy()),
         Draw(row + 40, 0.0),
         Draw(row + 50, 0.0, masks[row]),
+        Draw(row + 60, top_k=5),
+        Draw(row + 70, 0.7, top_k=20),
+        Draw(row + 80, 1.5, top_k=5),
+        Draw(row + 90, 0.0, top_k=5),
+        Draw(row + 100, top_k=N_VOCAB),
     ]
 
 
@@ -119,6 +126,7 @@ def test_a_wrong_answer_is_noticed(block: Block, masks: torch.Tensor) -> None:
         (plain, Draw(3, 1.0, masks[0]), 0),
         (plain, Draw(3, 0.5), 0),
         (masked, Draw(3), 0),
+        (plain, Draw(3, top_k=2), 0),
         (masked._replace(log_q=plain.logprob), Draw(3, 1.0, masks[0]), 0),
         (answer(block, [(1, TopK(5))])[0], TopK(5), 0),
         (answer(block, [(1, MaskMass(masks[0]))])[0], MaskMass(masks[0]), 0),

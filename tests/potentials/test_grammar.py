@@ -42,6 +42,7 @@ def ids(vocabulary: GrammarVocabulary, text: str) -> list[int]:
     ],
     ids=["object", "any JSON", "regex", "brackets", "words"],
 )  # fmt: skip
+@pytest.mark.thorough
 async def test_the_laws_hold(vocabulary: GrammarVocabulary, make: Any, source: Any, texts: list[str]) -> None:
     constraint = make(vocabulary, source)
     sequences = [ids(vocabulary, text) for text in texts]

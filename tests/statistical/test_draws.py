@@ -162,6 +162,7 @@ def test_draws_of_related_keys_are_independent(pair: Callable[[int], tuple[int, 
     assert follows_the_law(*pair_outcomes(pair))
 
 
+@pytest.mark.thorough
 def test_a_key_that_ignores_the_step_or_is_shared_now_and_then_is_rejected():
     assert not follows_the_law(*pair_outcomes(lambda i: (sampling.draw_key(i), sampling.draw_key(i))))
     assert not follows_the_law(*pair_outcomes(lambda i: (sampling.draw_key(i), sampling.draw_key(i + (i % 10 > 0)))))

@@ -77,6 +77,7 @@ NAMES = ("weight_sum", "weight_max", "weight_logsumexp", "mass_sum")
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thorough
 async def test_awaited_methods_give_what_the_trie_gives(trie: AsyncTokenCharacterTrie, name: str) -> None:
     for weights in (WEIGHTS, np.array(WEIGHTS), torch.tensor(WEIGHTS), torch.tensor(WEIGHTS, dtype=torch.bfloat16)):
         expected = getattr(trie.trie, name)(weights)

@@ -6,8 +6,10 @@ Nothing here is a policy. Which requests there are is decided by `engine.py`, an
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
+import io
 import logging
 import os
 import random
@@ -268,9 +270,12 @@ def _explained(model: str, error: Exception) -> Exception:
     text = " ".join(lines)[:500]
     if "Cannot find any model weights" in text:
         return UnsafeWeights(model)
-    if isinstance(error, OSError):
+    what = f"vLLM cannot serve {model!r}: {type(error).__name__}: {text}"
+    if isinstance(error, io.UnsupportedOperation):  # an OSError too, and of a ValueError's kind
+        return UnsupportedModel(what, "while vLLM starts, sys.stdout has to have a file descriptor")
+    if isinstance(error, OSError) and error.errno in (None, errno.ENOENT):
         return ModelNotFound(model, f"pass a Hugging Face id, a local folder, or 'smollm2' ({text})")
-    return UnsupportedModel(f"vLLM cannot serve {model!r}: {text}", "check engine_opts, or use AsyncTransformer")
+    return UnsupportedModel(what, "check engine_opts, or use AsyncTransformer")
 
 
 def _steady_llvmlite() -> None:

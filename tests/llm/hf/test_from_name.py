@@ -76,6 +76,7 @@ def test_the_type_is_the_checkpoints_own_unless_given(hf_opts: Any, dtype: torch
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
+@pytest.mark.thorough
 def test_sixteen_bits_are_widened_where_they_are_slow_unless_asked_for(
     is_fast: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_sixteen_bits_are_widened_where_they_are_slow_unless_asked_for(
 @pytest.mark.parametrize(
     ("dtype", "total_variation"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)], ids=["bfloat16", "float32"]
 )
+@pytest.mark.thorough
 async def test_a_model_of_our_own_is_faster_and_still_the_same_model(
     folder: Path, dtype: torch.dtype, total_variation: float
 ) -> None:
@@ -115,6 +117,7 @@ async def test_a_model_of_our_own_is_faster_and_still_the_same_model(
         assert out.shape == (1, 16)
 
 
+@pytest.mark.thorough
 async def test_a_model_of_our_own_that_cannot_be_packed_gets_its_layers_back(folder: Path) -> None:
     small("bloom", torch.bfloat16).save_pretrained(folder)
     with pytest.warns(UserWarning, match="0 of 4 layers"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import os
 import random
 import subprocess
@@ -26,9 +27,10 @@ from genlm_backend.errors import (
     SlowPathWarning,
     UnknownAdapter,
     UnsafeWeights,
+    UnsupportedModel,
 )
 from genlm_backend.llm import AsyncLM, AsyncVirtualLM, load_model_by_name
-from genlm_backend.llm.vllm import transports
+from genlm_backend.llm.vllm import core, transports
 from tests.llm.conftest import TINY_OPTIONS
 from tests.llm.vllm.conftest import next_best_to_live
 
@@ -60,6 +62,23 @@ def test_importing_the_name_imports_no_vllm_and_sets_no_variable() -> None:
 def test_a_model_that_is_not_there() -> None:
     with pytest.raises(ModelNotFound):
         AsyncVirtualLM.from_name("./no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "told"),
+    [
+        (io.UnsupportedOperation("fileno"), UnsupportedModel, "UnsupportedOperation: fileno; .*a file descriptor"),
+        (PermissionError(13, "Permission denied", "/x"), UnsupportedModel, "PermissionError: .*Permission denied"),
+        (ValueError("no such dtype"), UnsupportedModel, "ValueError: no such dtype"),
+        (OSError("some/model is not a local folder"), ModelNotFound, "is not a local folder"),
+        (FileNotFoundError(2, "No such file", "/x"), ModelNotFound, "No such file"),
+    ],
+)
+def test_what_vllm_raises_while_it_starts_is_told_as_it_was(raised: Exception, kind: type, told: str) -> None:
+    error = core._explained("some/model", raised)
+    assert type(error) is kind
+    with pytest.raises(kind, match=told):
+        raise error
 
 
 @pytest.mark.model
