@@ -50,19 +50,23 @@ def draw_rows(
     rows: Float32s,
     row_stride: int,
     n_tokens: int,
+    row_of_draw: npt.NDArray[np.int64],
     keys: npt.NDArray[np.uint64],
     temperatures: npt.NDArray[np.float64],
     masks: npt.NDArray[np.bool_],
-    mask_of_row: npt.NDArray[np.int64],
+    mask_of_draw: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
-    """The token each row draws.
+    """The token of each draw.
 
     Args:
         rows: flat float32; row i starts at `i * row_stride` and has `n_tokens` entries.
+        row_stride: In entries.
+        n_tokens: Of a row.
+        row_of_draw: (n,) int64; which row each draw is from.
         keys: (n,) uint64.
         temperatures: (n,) float64, each 0 (the most probable token) or from 1e-30 to 1e30.
         masks: (k, n_tokens) bool.
-        mask_of_row: (n,) int64; which mask row i is under, -1 for none.
+        mask_of_draw: (n,) int64; which mask each draw is under, -1 for none.
 
     Returns:
         (n,) int64; -1 where no token is possible, or one is NaN or +inf.
@@ -70,9 +74,10 @@ def draw_rows(
     token_ids = np.empty(keys.size, np.int64)
     scratch = np.empty(n_tokens, np.float32)
     for i in range(keys.size):
-        row = rows[i * row_stride : i * row_stride + n_tokens]
-        if mask_of_row[i] >= 0:
-            _mask_row(row, masks[mask_of_row[i]], scratch)
+        start = row_of_draw[i] * row_stride
+        row = rows[start : start + n_tokens]
+        if mask_of_draw[i] >= 0:
+            _mask_row(row, masks[mask_of_draw[i]], scratch)
             row = scratch
         token_ids[i] = _draw_row(row, keys[i], temperatures[i])
     return token_ids
@@ -147,11 +152,12 @@ def log_mass_rows(
     rows: Float32s,
     row_stride: int,
     n_tokens: int,
+    row_of_sum: npt.NDArray[np.int64],
     temperatures: npt.NDArray[np.float64],
     masks: npt.NDArray[np.bool_],
-    mask_of_row: npt.NDArray[np.int64],
+    mask_of_sum: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
-    """Log of the sum of exp(logprob / temperature) over each row's allowed tokens; arguments as in `draw_rows`.
+    """Log of the sum of exp(logprob / temperature) over a row's allowed tokens; arguments as in `draw_rows`.
 
     Returns:
         (n,) float64; -inf where no token is possible, NaN where one is NaN. At temperature 0, the limit.
@@ -159,9 +165,10 @@ def log_mass_rows(
     log_masses = np.empty(temperatures.size, np.float64)
     scratch = np.empty(n_tokens, np.float32)
     for i in range(temperatures.size):
-        row = rows[i * row_stride : i * row_stride + n_tokens]
-        if mask_of_row[i] >= 0:
-            _mask_row(row, masks[mask_of_row[i]], scratch)
+        start = row_of_sum[i] * row_stride
+        row = rows[start : start + n_tokens]
+        if mask_of_sum[i] >= 0:
+            _mask_row(row, masks[mask_of_sum[i]], scratch)
             row = scratch
         top = _highest(row)
         if math.isinf(top) or math.isnan(top):

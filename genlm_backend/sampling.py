@@ -95,10 +95,9 @@ def draw(
     Raises:
         InvalidQuery: If shapes or types do not fit, or a temperature is negative or not finite.
     """
-    if rows.device.type == "cpu":
-        return _draw_compiled(rows, keys, temperatures, masks)
-    if rows.device.type == "mps":  # has no float64
-        return _draw_compiled(rows.cpu(), keys, temperatures, masks).to(rows.device)
+    if rows.device.type in ("cpu", "mps"):  # MPS has no float64
+        on_cpu = rows.cpu()
+        return _draw_compiled(on_cpu, keys, _checked(on_cpu, keys, temperatures, masks)).to(rows.device)
     return draw_plainly(rows, keys, temperatures, masks)
 
 
@@ -183,7 +182,8 @@ def log_mass(rows: torch.Tensor, masks: Masks = None, temperatures: Sequence[flo
         InvalidQuery: As in `draw`.
     """
     if rows.device.type in ("cpu", "mps"):
-        log_masses = _log_mass_compiled(rows.cpu(), masks, temperatures)
+        on_cpu = rows.cpu()
+        log_masses = _log_mass_compiled(on_cpu, _checked(on_cpu, None, temperatures, masks))
         return log_masses if rows.device.type == "cpu" else log_masses.float().to(rows.device)
     asked = _checked(rows, None, temperatures, masks)
     n_at_once = max(1, _TOKENS_AT_ONCE // max(1, rows.shape[1]))
@@ -212,6 +212,41 @@ def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     flat, stride = _flat(rows)
     token_ids, values = race.top_rows(flat, stride, *rows.shape, k)
     return torch.from_numpy(token_ids), torch.from_numpy(values)
+
+
+def draw_with_mass(
+    rows: torch.Tensor,
+    row_of_draw: Sequence[int],
+    keys: Sequence[int],
+    temperatures: Sequence[float] | None = None,
+    masks: Masks = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw` and `log_mass` for several draws of each row; on the CPU no row is copied, and no mass summed twice.
+
+    Args:
+        rows: (batch, vocab) float log-probabilities.
+        row_of_draw: n indices of rows.
+        keys: n integers, as in `draw`.
+        temperatures: n, as in `draw`.
+        masks: n, as in `draw`.
+
+    Returns:
+        What `draw` and what `log_mass` return for `rows[row_of_draw]`.
+
+    Raises:
+        InvalidQuery: As in `draw`.
+    """
+    if rows.device.type != "cpu":
+        wanted = list(row_of_draw)
+        drawn_from = rows if wanted == list(range(len(rows))) else rows[wanted]
+        return draw(drawn_from, keys, temperatures, masks), log_mass(drawn_from, masks, temperatures)
+    asked = _checked(rows, keys, temperatures, masks, row_of_draw)
+    place: dict[tuple[int, int, float], int] = {}
+    sums = zip(asked.row_of_draw.tolist(), asked.mask_of_draw.tolist(), asked.temperatures.tolist(), strict=True)
+    place_of_draw = [place.setdefault(one, len(place)) for one in sums]
+    first = np.unique(np.array(place_of_draw, np.int64), return_index=True)[1]
+    different = _Asked(asked.row_of_draw[first], asked.temperatures[first], asked.masks, asked.mask_of_draw[first])
+    return _draw_compiled(rows, keys, asked), _log_mass_compiled(rows, different)[place_of_draw]
 
 
 def with_temperature(logprobs: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -312,33 +347,40 @@ def keep_min_p(logprobs: torch.Tensor, min_p: float) -> torch.Tensor:
 
 
 class _Asked(NamedTuple):
-    """Checked arguments. `masks` is (k, vocab) bool, each mask once; row i is under mask `mask_of_row[i]`, -1: none."""
+    """Checked arguments: of each draw its row, temperature and mask.
 
+    `masks` is (k, vocab) bool, each mask once; draw i is under mask `mask_of_draw[i]`, -1: none.
+    """
+
+    row_of_draw: npt.NDArray[np.int64]
     temperatures: npt.NDArray[np.float64]
     masks: torch.Tensor
-    mask_of_row: npt.NDArray[np.int64]
+    mask_of_draw: npt.NDArray[np.int64]
 
 
-def _draw_compiled(
-    rows: torch.Tensor, keys: Sequence[int], temperatures: Sequence[float] | None, masks: Masks
-) -> torch.Tensor:
+def _draw_compiled(rows: torch.Tensor, keys: Sequence[int], asked: _Asked) -> torch.Tensor:
     from genlm_backend import race
 
-    asked = _checked(rows, keys, temperatures, masks)
     flat, stride = _flat(rows)
     token_ids = race.draw_rows(
-        flat, stride, rows.shape[1], _wrapped(keys), asked.temperatures, asked.masks.numpy(), asked.mask_of_row
+        flat,
+        stride,
+        rows.shape[1],
+        asked.row_of_draw,
+        _wrapped(keys),
+        asked.temperatures,
+        asked.masks.numpy(),
+        asked.mask_of_draw,
     )
     return torch.from_numpy(token_ids)
 
 
-def _log_mass_compiled(rows: torch.Tensor, masks: Masks, temperatures: Sequence[float] | None) -> torch.Tensor:
+def _log_mass_compiled(rows: torch.Tensor, asked: _Asked) -> torch.Tensor:
     from genlm_backend import race
 
-    asked = _checked(rows, None, temperatures, masks)
     flat, stride = _flat(rows)
     log_masses = race.log_mass_rows(
-        flat, stride, rows.shape[1], asked.temperatures, asked.masks.numpy(), asked.mask_of_row
+        flat, stride, rows.shape[1], asked.row_of_draw, asked.temperatures, asked.masks.numpy(), asked.mask_of_draw
     )
     return torch.from_numpy(log_masses)
 
@@ -367,7 +409,7 @@ def _log_mass_plainly(rows: torch.Tensor, temperatures: npt.NDArray[np.float64])
 def _allowed_rows(rows: torch.Tensor, asked: _Asked, start: int, stop: int) -> torch.Tensor:
     """Rows `start` to `stop` as float32, -inf where their masks do not allow."""
     some = rows[start:stop].detach().float()
-    mask_of_row = asked.mask_of_row[start:stop]
+    mask_of_row = asked.mask_of_draw[start:stop]
     if (mask_of_row < 0).all():
         return some
     of_row = torch.from_numpy(mask_of_row).to(rows.device)
@@ -376,17 +418,24 @@ def _allowed_rows(rows: torch.Tensor, asked: _Asked, start: int, stop: int) -> t
 
 
 def _checked(
-    rows: torch.Tensor, keys: Sequence[int] | None, temperatures: Sequence[float] | None, masks: Masks
+    rows: torch.Tensor,
+    keys: Sequence[int] | None,
+    temperatures: Sequence[float] | None,
+    masks: Masks,
+    row_of_draw: Sequence[int] | None = None,
 ) -> _Asked:
     if rows.ndim != 2 or not rows.is_floating_point():
         raise InvalidQuery(f"rows are {rows.dtype} of shape {tuple(rows.shape)}; expected float of shape (n, vocab)")
-    n_rows = len(rows)
-    if keys is not None and len(keys) != n_rows:
-        raise InvalidQuery(f"there are {len(keys)} keys for {n_rows} rows; expected one key each")
-    divisors = np.ones(n_rows) if temperatures is None else np.array(temperatures, np.float64)
-    if divisors.shape != (n_rows,):
-        raise InvalidQuery(f"temperatures have shape {divisors.shape}; expected one for each of {n_rows} rows")
-    return _Asked(_clamped(divisors), *_mask_table(rows, masks))
+    of_draw = np.arange(len(rows)) if row_of_draw is None else np.array(row_of_draw, np.int64)
+    n_draws = len(of_draw)
+    if not ((of_draw >= 0) & (of_draw < len(rows))).all():
+        raise InvalidQuery(f"the rows {of_draw.tolist()} are asked for; expected 0 to {len(rows) - 1}")
+    if keys is not None and len(keys) != n_draws:
+        raise InvalidQuery(f"there are {len(keys)} keys for {n_draws} rows; expected one key each")
+    divisors = np.ones(n_draws) if temperatures is None else np.array(temperatures, np.float64)
+    if divisors.shape != (n_draws,):
+        raise InvalidQuery(f"temperatures have shape {divisors.shape}; expected one for each of {n_draws} rows")
+    return _Asked(of_draw, _clamped(divisors), *_mask_table((n_draws, rows.shape[1]), masks, rows.device))
 
 
 def _clamped(temperatures: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -396,25 +445,34 @@ def _clamped(temperatures: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.where(temperatures < _COLDEST, 0.0, np.minimum(temperatures, _HOTTEST))
 
 
-def _mask_table(rows: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
-    """Each different mask once, and the index of each row's; masks that are one object count as one."""
-    n_rows, n_tokens = rows.shape
+def _mask_table(
+    shape: tuple[int, int], masks: Masks, device: torch.device
+) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+    """Each different mask once, and the index of each draw's; masks that are one object count as one."""
+    n_draws, n_tokens = shape
     if masks is None:
-        return torch.empty(0, n_tokens, dtype=torch.bool, device=rows.device), np.full(n_rows, -1)
+        return torch.empty(0, n_tokens, dtype=torch.bool, device=device), np.full(n_draws, -1)
     if isinstance(masks, torch.Tensor | np.ndarray):
-        table = _as_tensor(masks)
-        _check_mask(table, (n_rows, n_tokens))
-        return table.to(rows.device).contiguous(), np.arange(n_rows)
-    if len(masks) != n_rows:
-        raise InvalidQuery(f"there are {len(masks)} masks for {n_rows} rows; expected one mask or None each")
-    different = {id(mask): _as_tensor(mask) for mask in masks if mask is not None}
+        _check_mask(masks, shape)
+        return _as_tensor(masks).to(device).contiguous(), np.arange(n_draws)
+    if len(masks) != n_draws:
+        raise InvalidQuery(f"there are {len(masks)} masks for {n_draws} rows; expected one mask or None each")
+    different = {id(mask): mask for mask in masks if mask is not None}
     for mask in different.values():
         _check_mask(mask, (n_tokens,))
     index = {identity: i for i, identity in enumerate(different)}
-    mask_of_row = np.array([-1 if mask is None else index[id(mask)] for mask in masks], np.int64)
+    mask_of_draw = np.array([-1 if mask is None else index[id(mask)] for mask in masks], np.int64)
     if not different:
-        return torch.empty(0, n_tokens, dtype=torch.bool, device=rows.device), mask_of_row
-    return torch.stack([mask.to(rows.device) for mask in different.values()]), mask_of_row
+        return torch.empty(0, n_tokens, dtype=torch.bool, device=device), mask_of_draw
+    return _stacked(list(different.values()), device), mask_of_draw
+
+
+def _stacked(masks: Sequence[Mask], device: torch.device) -> torch.Tensor:
+    """By numpy where it can: torch would wake threads for this little, and wait for them where cores are busy."""
+    if any(isinstance(mask, torch.Tensor) and mask.device.type != "cpu" for mask in masks):
+        return torch.stack([_as_tensor(mask).to(device) for mask in masks])
+    arrays = [mask if isinstance(mask, np.ndarray) else mask.detach().numpy() for mask in masks]
+    return torch.from_numpy(np.stack(arrays)).to(device)
 
 
 def _as_tensor(mask: Mask) -> torch.Tensor:
@@ -423,8 +481,10 @@ def _as_tensor(mask: Mask) -> torch.Tensor:
     return torch.as_tensor(mask)
 
 
-def _check_mask(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if mask.dtype != torch.bool or mask.shape != shape:
+def _check_mask(mask: Mask, shape: tuple[int, ...]) -> None:
+    if not isinstance(mask, torch.Tensor | np.ndarray):
+        raise InvalidQuery(f"a mask is a {type(mask).__name__}; expected a bool array of shape {shape}")
+    if str(mask.dtype) not in ("torch.bool", "bool") or mask.shape != shape:
         raise InvalidQuery(f"a mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool of shape {shape}")
 
 

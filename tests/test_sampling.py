@@ -490,6 +490,26 @@ def test_a_draw_has_the_log_probability_that_the_mass_gives():
     assert torch.allclose(log_q[is_possible], allowed.log_softmax(1)[is_possible], atol=2e-6)
 
 
+def test_draws_of_repeated_rows_are_those_of_the_rows_written_out():
+    rows, some = some_rows(4, 300, 13), list(some_masks(3, 300, 13))
+    row_of_draw = [2, 0, 2, 2, 3, 0, 2]
+    masks = [some[0], None, some[0], some[1], some[2].numpy(), None, some[0]]
+    temperatures = [1.0, 0.7, 1.0, 1.0, 0.0, 0.7, 2.0]
+    keys = [7, 1, 2, 3, 4, 5, 6]
+    written_out = rows[row_of_draw]
+    tokens, masses = sampling.draw_with_mass(rows, row_of_draw, keys, temperatures, masks)
+    assert torch.equal(tokens, sampling.draw(written_out, keys, temperatures, masks))
+    assert torch.equal(masses, sampling.log_mass(written_out, masks, temperatures))
+    assert len(set(masses.tolist())) == 5  # equal only where row, mask and temperature are
+
+
+def test_draws_of_rows_that_are_not_there_are_refused():
+    with pytest.raises(InvalidQuery, match="expected 0 to 1"):
+        sampling.draw_with_mass(torch.zeros(2, 3), [0, 2], [1, 2])
+    with pytest.raises(InvalidQuery, match="1 keys for 2 rows"):
+        sampling.draw_with_mass(torch.zeros(2, 3), [0, 1], [1])
+
+
 # Temperature, top-k, top-p, min-p.
 
 INF = math.inf

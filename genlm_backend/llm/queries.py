@@ -103,6 +103,8 @@ Query = Row | Draw | TopK | Logprobs | MaskMass | LogNormalizer | ByteMarginal
 def check_query(query: object, n_vocab: int) -> Query:
     """The query in the form in which it can join a batch: its mask and ids copied, so that later changes do not matter.
 
+    A numpy mask that is marked as read-only is taken as it is, once for all that ask with the same one.
+
     Raises:
         InvalidQuery: If it does not fit rows of `n_vocab` tokens.
     """
@@ -154,13 +156,12 @@ def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
     draws = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, Draw) and not query.top_k]
     masses = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, MaskMass)]
     if draws:
-        rows = _rows(block, [row for _, row, _ in draws])
-        drawn = _draw(rows, [query for _, _, query in draws])
+        drawn = _draw(block.logprobs, [row for _, row, _ in draws], [query for _, _, query in draws])
         for (i, _, _), outcome in zip(draws, drawn, strict=True):
             answers[i] = outcome
     if masses:
         masks = [query.mask for _, _, query in masses]
-        log_masses = sampling.log_mass(_rows(block, [row for _, row, _ in masses]), masks).tolist()
+        log_masses = sampling.log_mass(_rows(block.logprobs, [row for _, row, _ in masses]), masks).tolist()
         for (i, _, _), log_mass in zip(masses, log_masses, strict=True):
             answers[i] = min(log_mass, 0.0)
     for i, next_bytes in _byte_marginals(block, asked):
@@ -222,23 +223,26 @@ def _byte_marginals(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterato
             by_prefix[id(query.tokens)].append((i, row))
             of_prefix[id(query.tokens)] = query.tokens
     for name, members in by_prefix.items():
-        together = of_prefix[name].log_masses(_rows(block, [row for _, row in members]))
+        together = of_prefix[name].log_masses(_rows(block.logprobs, [row for _, row in members]))
         for at, (i, _) in enumerate(members):
             yield i, NextBytes(together.log_masses[at].clone(), together.log_ends[at], together.log_no_text[at])
 
 
-def _draw(rows: torch.Tensor, queries: list[Draw]) -> list[Drawn | NoTokenAllowed]:
+def _draw(logprobs: torch.Tensor, rows: list[int], queries: list[Draw]) -> list[Drawn | NoTokenAllowed]:
     temperatures = [query.temperature for query in queries]
     masks = [query.mask for query in queries] if any(query.mask is not None for query in queries) else None
-    tokens = sampling.draw(rows, [query.key for query in queries], temperatures, masks)
-    logprobs = rows.gather(1, tokens.clamp(min=0)[:, None])[:, 0].tolist()
+    keys = [query.key for query in queries]
     is_plain = [query.mask is None and query.temperature == 1 for query in queries]
     log_totals = [0.0] * len(queries)
-    if not all(is_plain):  # log of the sum of p ** (1 / temperature) over what may be drawn
-        log_masses = sampling.log_mass(rows, masks, temperatures).tolist()
-        log_totals = [0.0 if plain else log_mass for plain, log_mass in zip(is_plain, log_masses, strict=True)]
+    if all(is_plain):
+        tokens = sampling.draw(_rows(logprobs, rows), keys)
+    else:  # log of the sum of p ** (1 / temperature) over what may be drawn
+        tokens, log_masses = sampling.draw_with_mass(logprobs, rows, keys, temperatures, masks)
+        log_totals = [0.0 if plain else total for plain, total in zip(is_plain, log_masses.tolist(), strict=True)]
+    of_draw = torch.tensor(rows, device=logprobs.device)
+    chosen = logprobs[of_draw, tokens.clamp(min=0)].tolist()
     drawn: list[Drawn | NoTokenAllowed] = []
-    for query, token, logprob, log_total in zip(queries, tokens.tolist(), logprobs, log_totals, strict=True):
+    for query, token, logprob, log_total in zip(queries, tokens.tolist(), chosen, log_totals, strict=True):
         if token < 0:
             drawn.append(NoTokenAllowed(0 if query.mask is None else int(query.mask.sum())))
         else:
@@ -247,9 +251,9 @@ def _draw(rows: torch.Tensor, queries: list[Draw]) -> list[Drawn | NoTokenAllowe
     return drawn
 
 
-def _rows(block: Block, rows: list[int]) -> torch.Tensor:
-    """Those rows in that order, without a copy when it is the whole block."""
-    return block.logprobs if rows == list(range(len(block.logprobs))) else block.logprobs[rows]
+def _rows(logprobs: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Those rows in that order, without a copy when they are all of them."""
+    return logprobs if rows == list(range(len(logprobs))) else logprobs[rows]
 
 
 def _check_k(k: object, n_vocab: int, what: str) -> None:
@@ -257,12 +261,16 @@ def _check_k(k: object, n_vocab: int, what: str) -> None:
         raise InvalidQuery(f"{what} is {k!r}; expected 1 to {n_vocab}")
 
 
-def _checked_mask(mask: Mask, n_vocab: int) -> torch.Tensor:
+def _checked_mask(mask: Mask, n_vocab: int) -> Mask:
+    copied: Mask
     try:
-        copied = torch.as_tensor(mask.copy() if isinstance(mask, np.ndarray) else mask).detach().clone()
+        if isinstance(mask, np.ndarray):  # by numpy: torch would wake threads for 49 kB, in any thread that asks
+            copied = mask.copy() if mask.flags.writeable else mask
+        else:
+            copied = torch.as_tensor(mask).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidQuery(f"a mask is a {type(mask).__name__}; expected a bool array of {n_vocab} tokens") from error
-    if copied.dtype != torch.bool or copied.shape != (n_vocab,):
+    if str(copied.dtype) not in ("torch.bool", "bool") or copied.shape != (n_vocab,):
         raise InvalidQuery(
             f"a mask is {copied.dtype} of shape {tuple(copied.shape)}; expected bool of shape ({n_vocab},)"
         )

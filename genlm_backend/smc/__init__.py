@@ -6,7 +6,7 @@ from genlm_backend.smc.distributions import Bernoulli, Categorical, Geometric, N
 from genlm_backend.smc.engine import resume, smc
 from genlm_backend.smc.enumeration import enumerate_exactly
 from genlm_backend.smc.gibbs import Chain, particle_gibbs
-from genlm_backend.smc.islands import Islands, islands
+from genlm_backend.smc.islands import Islands, islands, resume_islands
 from genlm_backend.smc.moves import Move, regenerate
 from genlm_backend.smc.programs import Done, Particle, program
 from genlm_backend.smc.proposals import Direct, Guided, Proposal, Proposed, TopK
@@ -45,6 +45,7 @@ __all__ = [
     "program",
     "regenerate",
     "resume",
+    "resume_islands",
     "sequences",
     "smc",
     "strict",

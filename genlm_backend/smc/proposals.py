@@ -30,6 +30,7 @@ from genlm_backend.llm.queries import Draw
 from genlm_backend.potentials.base import BoolRow, Constraint, Potential, State
 from genlm_backend.potentials.combinators import Product, Tempered
 from genlm_backend.potentials.language_model import LanguageModel
+from genlm_backend.smc.masks import Masks
 
 
 class Proposed(NamedTuple):
@@ -78,7 +79,8 @@ class Direct(Proposal):
     """Draws from the potential, normalised; the weight is its mass.
 
     A language model, alone or times constraints, is drawn from where its logits are: masks go to the model, and no row
-    comes back. Anything else is drawn from its row.
+    comes back. Anything else is drawn from its row. Masks that are wanted at the same time are made together, of the
+    particles that draw from one `Direct`: make it once, not at each draw.
 
     Args:
         potential: A product of a model and constraints, usually.
@@ -87,15 +89,17 @@ class Direct(Proposal):
     def __init__(self, potential: Potential) -> None:
         self.potential = potential
         self._parts = _model_and_constraints(potential)
+        if self._parts is not None:
+            self._masks = Masks(self._parts.constraints, self._parts.model.eos_token_ids)
 
     async def propose(self, state: State, key: int) -> Proposed:
         if self._parts is None:
             row = await self.potential.logw_next(state)
             return _drawn(row, row, key)
-        model, states, constraints = self._parts.model, self._parts.states(state), self._parts.constraints
+        model, states = self._parts.model, self._parts.states(state)
         mask = None
-        if constraints:
-            mask = np.logical_and.reduce([c.mask(part) for c, part in zip(constraints, states[1:], strict=True)])
+        if self._parts.constraints:
+            mask = await self._masks.ask(states[1:])
             if not mask.any():
                 return Proposed(-1, -math.inf)
         return await _drawn_by_model(model, states[0], mask, key)
@@ -218,13 +222,8 @@ def _model_and_constraints(potential: Potential) -> _Parts | None:
     return _Parts(model, constraints, models + others)
 
 
-async def _drawn_by_model(model: LanguageModel, state: State, mask: BoolRow | None, key: int) -> Proposed:
+async def _drawn_by_model(model: LanguageModel, state: State, allowed: BoolRow | None, key: int) -> Proposed:
     """A draw by the model itself; its end tokens stand for the symbol `end`."""
-    ends = sorted(model.eos_token_ids)
-    allowed = None
-    if mask is not None:
-        allowed = mask[: model.end]
-        allowed[ends] = mask[model.end]
     try:
         drawn = await model.llm.query(model.context(state), Draw(key, 1.0, allowed), model.lora_name)
     except NoTokenAllowed:

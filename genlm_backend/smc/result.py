@@ -235,11 +235,15 @@ class Result:
         Raises:
             TypeError: A value or a drawn choice is not plain data.
         """
+        plain.save(path, _FORM, self.as_plain())
+
+    def as_plain(self) -> dict[str, Any]:
+        """What `save` writes; `of_plain` makes an equal result of it."""
         data = asdict(replace(self, paths=(), steps=()))
         data["settings"] = self.settings._asdict()
         data["paths"] = [_path_row(path) for path in self.paths]
         data["steps"] = [step._asdict() for step in self.steps]
-        plain.save(path, _FORM, data)
+        return data
 
     def __eq__(self, other: object) -> bool:
         """Whether everything is the same to the last bit, versions aside."""
@@ -255,11 +259,19 @@ class Result:
         Raises:
             ValueError: The file is not one.
         """
-        data = plain.load(path, _FORM)
-        data["settings"] = Settings(**data["settings"])
-        data["paths"] = tuple(_path_of(row) for row in data["paths"])
-        data["steps"] = tuple(Step(**step) for step in data["steps"])
-        return cls(**data)
+        return cls.of_plain(plain.load(path, _FORM))
+
+    @classmethod
+    def of_plain(cls, data: dict[str, Any]) -> Result:
+        """The result that `as_plain` told."""
+        return cls(
+            **{
+                **data,
+                "settings": Settings(**data["settings"]),
+                "paths": tuple(_path_of(row) for row in data["paths"]),
+                "steps": tuple(Step(**step) for step in data["steps"]),
+            }
+        )
 
     def _comparable(self) -> Any:
         paths = [plain.encode(_path_row(path)) for path in self.paths]

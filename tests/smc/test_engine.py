@@ -21,6 +21,7 @@ from genlm_backend.llm.queries import TopK as TopTokensQuery
 from genlm_backend.smc import (
     Bernoulli,
     Done,
+    Islands,
     Particle,
     Recording,
     Result,
@@ -28,6 +29,7 @@ from genlm_backend.smc import (
     program,
     regenerate,
     resume,
+    resume_islands,
     smc,
     strict,
 )
@@ -188,6 +190,46 @@ async def test_a_saved_run_goes_on_as_if_never_interrupted(kind, n_steps, tmp_pa
         assert await resume(model, loaded, kernel=kernel) == whole
         with pytest.raises(ValueError, match="expected genlm_backend"):
             Recording.load(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 2, 3])
+async def test_saved_islands_go_on_as_if_never_interrupted(n_steps, tmp_path):
+    async with fake_language_model(FakeEngine()) as llm:
+        for model, options in ((writer(llm), {"ess_threshold": 0.9}), (chain(3), {"ess_threshold": 0.0})):
+            whole = await islands(model, 3, 4, seed=5, **options)
+            assert len({result.log_weights for result in whole.results}) == 3
+            paused = await islands(model, 3, 4, seed=5, max_steps=n_steps, **options)
+            paused.save(tmp_path / "islands.json")
+            loaded = Islands.load(tmp_path / "islands.json")
+            assert loaded == paused and (n_steps > 1 or loaded != whole)
+            resumed = await resume_islands(model, loaded)
+            assert resumed == whole
+            assert resumed.log_evidence == whole.log_evidence
+            assert await resume_islands(model, resumed) == whole
+    with pytest.raises(ValueError, match="expected genlm_backend"):
+        Result.load(tmp_path / "islands.json")
+
+
+async def test_islands_that_died_out_stay_dead_when_the_others_go_on():
+    @program
+    async def risky(ctx):
+        await ctx.checkpoint()
+        alive = await ctx.sample(Bernoulli(0.3))
+        await ctx.checkpoint()
+        ctx.condition(alive)
+        await ctx.checkpoint()
+        return alive
+
+    whole = await islands(risky(), 8, 2, seed=1)
+    n_dead = sum(result.log_evidence == -math.inf for result in whole.results)
+    assert 0 < n_dead < 8
+    for n_steps in range(5):
+        assert await resume_islands(risky(), await islands(risky(), 8, 2, seed=1, max_steps=n_steps)) == whole
+
+
+async def test_islands_are_not_recorded_together():
+    with pytest.raises(InvalidProgram, match="one recording"):
+        await islands(chain(3), 2, 2, recording=Recording())
 
 
 async def test_a_recorded_run_is_repeated_without_model_and_randomness(tmp_path):

@@ -1,0 +1,79 @@
+"""Masks that several particles want at once, made by one call: in parallel threads where the constraint can."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from genlm_backend.potentials.base import BoolRow, Constraint, State
+
+
+class _Asked(NamedTuple):
+    """The states of one particle, one for each constraint, and where its mask goes."""
+
+    states: Sequence[State]
+    answer: asyncio.Future[BoolRow]
+
+
+class Masks:
+    """What constraints allow a model together; whatever is asked in one pass of an event loop is computed together.
+
+    Args:
+        constraints: One or more.
+        eos_token_ids: The model's end tokens; each may be drawn where the constraints let the text end.
+    """
+
+    def __init__(self, constraints: Sequence[Constraint], eos_token_ids: Collection[int]) -> None:
+        self._constraints = constraints
+        self._ends = sorted(eos_token_ids)
+        # By loop: what an interrupted one left behind must not keep the next one waiting.
+        self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Asked]] = WeakKeyDictionary()
+
+    def ask(self, states: Sequence[State]) -> asyncio.Future[BoolRow]:
+        """`(n_tokens,)` bool, read-only: the tokens that may be drawn; for the same states at once, the same object.
+
+        Cancelled, it changes nothing for others; what a constraint raises reaches the particles whose states cause it.
+
+        Args:
+            states: One for each constraint.
+        """
+        loop = asyncio.get_running_loop()
+        asked = _Asked(states, loop.create_future())
+        waiting = self._waiting.setdefault(loop, [])
+        if not waiting:
+            loop.call_soon(self._answer, loop)
+        waiting.append(asked)
+        return asked.answer
+
+    def _answer(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._serve([one for one in self._waiting.pop(loop) if not one.answer.done()])
+
+    def _serve(self, asked: Sequence[_Asked]) -> None:
+        try:
+            masks = self._together([one.states for one in asked])
+        except Exception as error:  # handed on to the particle whose states cause it
+            if len(asked) == 1:
+                asked[0].answer.set_exception(error)
+                return
+            for one in asked:
+                self._serve([one])
+            return
+        for one, mask in zip(asked, masks, strict=True):
+            one.answer.set_result(mask)
+
+    def _together(self, states: Sequence[Sequence[State]]) -> Sequence[BoolRow]:
+        keys = [tuple(map(id, of_particle)) for of_particle in states]  # copies of a particle have the same states
+        different = dict(zip(keys, states, strict=True))
+        rows = dict(zip(different, self._rows(list(different.values())), strict=True)) if different else {}
+        return [rows[key] for key in keys]
+
+    def _rows(self, states: Sequence[Sequence[State]]) -> list[BoolRow]:
+        of_constraint = zip(self._constraints, zip(*states, strict=True), strict=True)
+        first, *others = [constraint.masks(its_states) for constraint, its_states in of_constraint]
+        for other in others:
+            first = first & other
+        first[:, self._ends] = first[:, -1:]
+        first.flags.writeable = False
+        return [row[:-1] for row in first]
