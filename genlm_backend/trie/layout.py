@@ -19,21 +19,23 @@ UInt32s = npt.NDArray[np.uint32]
 class Forks(NamedTuple):
     """How the values of all nodes come from the weights.
 
-    Values 0 to n_tokens - 1 are the weights; value n_tokens + i is that of fork i, a node with several children. Forks
-    are ordered by height (above their children), then by number of children.
+    Values 0 to n_tokens - 1 are the weights, in the order of their leaves; value n_tokens + i is that of fork i, a node
+    with several children. Forks are ordered by height (above their children), then by number of children.
 
     Attributes:
         node: (n_forks,) int32.
+        token: (n_tokens,) uint32; the entry whose weight is each of the first values.
         child: uint32; which values the first fork reduces, then which the second does, and so on.
         group_start: (n_groups + 1,) int32; group g are the forks from `group_start[g]` up to `group_start[g + 1]`.
-        group_size: (n_groups,) int32; the number of children of each fork of the group.
+        group_size: (n_groups,) uint64; the number of children of each fork of the group.
         value_of_node: (n_nodes,) uint32; a node with one child has the value of that child.
     """
 
     node: Int32s
+    token: UInt32s
     child: UInt32s
     group_start: Int32s
-    group_size: Int32s
+    group_size: npt.NDArray[np.uint64]
     value_of_node: UInt32s
 
 
@@ -130,16 +132,15 @@ class Layout:
         forks = forks[np.lexsort((n_children[forks], height[forks]))]
         is_new = (np.diff(height[forks]) != 0) | (np.diff(n_children[forks]) != 0)
         first_of_group = np.concatenate([np.zeros(min(len(forks), 1), np.int64), np.flatnonzero(is_new) + 1])
-        token_of_node = np.zeros(self.n_nodes, np.uint32)
-        token_of_node[self.leaf] = np.arange(self.n_tokens, dtype=np.uint32)
-        value = token_of_node[bottom]
+        value = self.leaf_range[0][bottom].astype(np.uint32)  # of a leaf, its place among the leaves
         value[forks] = self.n_tokens + np.arange(len(forks), dtype=np.uint32)
         by_fork = np.argsort(value[above[:-1]], kind="stable")  # the last holder is the root's, and nobody's child
         return Forks(
             bottom[forks],
+            self.token_of_leaf_position.astype(np.uint32),
             value[:-1][by_fork],
             np.append(first_of_group, len(forks)).astype(np.int32),
-            n_children[forks[first_of_group]],
+            n_children[forks[first_of_group]].astype(np.uint64),
             value[holder],
         )
 

@@ -100,7 +100,7 @@ class CompiledSums:
             return out
         forks = self._layout.forks
         kernel = getattr(passes, f"{reduction}_rows")
-        kernel(rows, forks.child, forks.group_start, forks.group_size, forks.value_of_node, out)
+        kernel(rows, *forks[1:], out)
         return out
 
     def reduce_apart(self, blocks: Sequence[Rows], reduction: Reduction) -> list[Rows]:
@@ -220,9 +220,7 @@ def _find_blocks(layout: Layout, device: torch.device) -> _Blocks:
     nth[order] = np.arange(len(fork)) - np.repeat(np.cumsum(n_of_fork) - n_of_fork, n_of_fork)
     order = np.lexsort((rank_of_fork[fork], nth))
     rounds = np.split(block[order], np.cumsum(np.bincount(nth))[:-1]) if len(fork) else []
-    place = np.empty(layout.n_tokens + len(forks.node), np.int64)
-    place[layout.token_of_leaf_position] = np.arange(layout.n_tokens)
-    place[layout.n_tokens :] = first_of_level + rank_of_fork
+    place = np.append(np.arange(layout.n_tokens), first_of_level + rank_of_fork)
 
     def on_device(array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(device)
