@@ -24,7 +24,7 @@ class Forks(NamedTuple):
 
     Attributes:
         node: (n_forks,) int32.
-        token: (n_tokens,) uint32; the entry whose weight is each of the first values.
+        value_of_token: (n_tokens,) uint32; where the weight of each entry is among the values.
         child: uint32; which values the first fork reduces, then which the second does, and so on.
         group_start: (n_groups + 1,) int32; group g are the forks from `group_start[g]` up to `group_start[g + 1]`.
         group_size: (n_groups,) uint64; the number of children of each fork of the group.
@@ -32,7 +32,7 @@ class Forks(NamedTuple):
     """
 
     node: Int32s
-    token: UInt32s
+    value_of_token: UInt32s
     child: UInt32s
     group_start: Int32s
     group_size: npt.NDArray[np.uint64]
@@ -137,7 +137,7 @@ class Layout:
         by_fork = np.argsort(value[above[:-1]], kind="stable")  # the last holder is the root's, and nobody's child
         return Forks(
             bottom[forks],
-            self.token_of_leaf_position.astype(np.uint32),
+            self.leaf_range[0][self.leaf].astype(np.uint32),
             value[:-1][by_fork],
             np.append(first_of_group, len(forks)).astype(np.int32),
             n_children[forks[first_of_group]].astype(np.uint64),

@@ -9,13 +9,13 @@ the order in which tokens brought them, which is the numbering of genlm-backend.
 Reducing. A node with one child has that child's value. Only leaves and nodes with several children ("forks") hold one
 of their own: 72,506 of the 149,591 nodes of SmolLM2's vocabulary. The values are the weights in the order of their
 leaves, and then those of the forks, by height and then by number of children, so that loops have the same length many
-times in a row; at the end they are spread over all nodes. One row takes 0.14 ms beside other work: 0.04 to take the
-weights, 0.05 for the forks, 0.06 to spread. Four rows at a time share the reading of the indices.
-Measured and rejected: weights in the order of the vocabulary, where spreading reads all over (0.18 ms, and 2.2 times as
-long for 32 rows of 150,000 entries); `values[parent] += values[node]` over all nodes in post-order, where each addition
-waits for the store just before it; leaves and forks together in post-order (0.155 ms); writing each value several times
-in a row instead of reading an index for each node (0.20 ms). Unsigned positions count: with signed ones the forks take
-0.066 instead of 0.047 ms, because each is looked at whether it is negative.
+times in a row; at the end they are spread over all nodes. Half of the time of one row goes into the spreading,
+a third into the forks. Four rows at a time share the reading of the indices.
+Measured and rejected: weights in the order of the vocabulary, where spreading reads all over (0.18 instead of 0.14 ms,
+and three times as long for 32 rows of 150,000 entries); `values[parent] += values[node]` over all nodes in post-order,
+where each addition waits for the store just before it; leaves and forks together in post-order (0.155 ms); writing each
+value several times in a row instead of reading an index for each node (0.20 ms). Unsigned positions count: with signed
+ones, each looked at whether it is negative, the forks take 0.066 instead of 0.047 ms.
 
 Each kernel runs in the calling thread alone and releases the interpreter lock. numba's own `parallel=True` is not used:
 some of its threading layers abort when two threads enter at once, or in a forked child.
@@ -195,7 +195,7 @@ def find_holders(parent: Int32s, child_start: Int32s) -> tuple[Int32s, Int32s, I
 @compiled()
 def sum_rows(
     rows: Floats,
-    token: UInt32s,
+    value_of_token: UInt32s,
     child: UInt32s,
     group_start: Int32s,
     group_size: UInt64s,
@@ -206,15 +206,15 @@ def sum_rows(
 
     Args:
         rows: (n, n_tokens), contiguous.
-        token, child, group_start, group_size, value_of_node: See `layout.Forks`.
+        value_of_token, child, group_start, group_size, value_of_node: See `layout.Forks`.
         out: (n, n_nodes), written.
     """
-    n_tokens, n_values = token.size, token.size + group_start[-1]
+    n_tokens, n_values = rows.shape[1], rows.shape[1] + group_start[-1]
     n_fours = rows.shape[0] // 4 * 4
     if n_fours:
         four = np.empty((n_values, 4), np.float64)
         for r in range(0, n_fours, 4):
-            _take_four(rows, r, token, four)
+            _take_four(rows, r, value_of_token, four)
             first = _NONE
             for g in range(group_size.size):
                 size = group_size[g]
@@ -232,7 +232,7 @@ def sum_rows(
             _spread_four(four, value_of_node, r, out)
     one = np.empty(n_values, np.float64)
     for r in range(n_fours, rows.shape[0]):
-        _take(rows[r], token, one)
+        _take(rows[r], value_of_token, one)
         first = _NONE
         for g in range(group_size.size):
             size = group_size[g]
@@ -248,7 +248,7 @@ def sum_rows(
 @compiled()
 def max_rows(
     rows: Floats,
-    token: UInt32s,
+    value_of_token: UInt32s,
     child: UInt32s,
     group_start: Int32s,
     group_size: UInt64s,
@@ -256,12 +256,12 @@ def max_rows(
     out: Floats,
 ) -> None:
     """The largest weight below each node, NaN if one is; arguments as in `sum_rows`. Exact in the type of the rows."""
-    n_tokens, n_values = token.size, token.size + group_start[-1]
+    n_tokens, n_values = rows.shape[1], rows.shape[1] + group_start[-1]
     n_fours = rows.shape[0] // 4 * 4
     if n_fours:
         four = np.empty((n_values, 4), rows.dtype)
         for r in range(0, n_fours, 4):
-            _take_four(rows, r, token, four)
+            _take_four(rows, r, value_of_token, four)
             first = _NONE
             for g in range(group_size.size):
                 size = group_size[g]
@@ -279,7 +279,7 @@ def max_rows(
             _spread_four(four, value_of_node, r, out)
     one = np.empty(n_values, rows.dtype)
     for r in range(n_fours, rows.shape[0]):
-        _take(rows[r], token, one)
+        _take(rows[r], value_of_token, one)
         first = _NONE
         for g in range(group_size.size):
             size = group_size[g]
@@ -295,7 +295,7 @@ def max_rows(
 @compiled()
 def logsumexp_rows(
     rows: Floats,
-    token: UInt32s,
+    value_of_token: UInt32s,
     child: UInt32s,
     group_start: Int32s,
     group_size: UInt64s,
@@ -306,10 +306,10 @@ def logsumexp_rows(
 
     Each fork is scaled by its own largest child, so no node underflows however improbable it is.
     """
-    n_tokens = token.size
+    n_tokens = rows.shape[1]
     one = np.empty(n_tokens + group_start[-1], np.float64)
     for r in range(rows.shape[0]):
-        _take(rows[r], token, one)
+        _take(rows[r], value_of_token, one)
         first = _NONE
         for g in range(group_size.size):
             size = group_size[g]
@@ -333,19 +333,19 @@ def _larger(a: float, b: float) -> float:
 
 
 @compiled()
-def _take(row: Floats, token: UInt32s, values: Floats) -> None:
-    for i in range(token.size):
-        values[i] = row[token[i]]
+def _take(row: Floats, value_of_token: UInt32s, values: Floats) -> None:
+    for i in range(row.size):
+        values[value_of_token[i]] = row[i]
 
 
 @compiled()
-def _take_four(rows: Floats, r: int, token: UInt32s, values: Floats) -> None:
-    for i in range(token.size):
-        t = token[i]
-        values[i, 0] = rows[r, t]
-        values[i, 1] = rows[r + 1, t]
-        values[i, 2] = rows[r + 2, t]
-        values[i, 3] = rows[r + 3, t]
+def _take_four(rows: Floats, r: int, value_of_token: UInt32s, values: Floats) -> None:
+    for i in range(rows.shape[1]):
+        v = value_of_token[i]
+        values[v, 0] = rows[r, i]
+        values[v, 1] = rows[r + 1, i]
+        values[v, 2] = rows[r + 2, i]
+        values[v, 3] = rows[r + 3, i]
 
 
 @compiled()
