@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,17 +82,21 @@ class Layout:
         children: Int32s = self.child[self.child_start[node] : self.child_start[node + 1]]
         return children
 
-    def find(self, prefix: Iterable[Any]) -> int | None:
-        """The inner node that these letters lead to; None if no token starts with them."""
-        node = self.root
-        for letter in prefix:
-            code = letter if type(letter) is int and 0 <= letter < 256 else self._code_of(letter)
-            children = self.children_of(node)
-            found = np.flatnonzero(self.code[children] == (_NO_CODE if code is None else code))
-            if not len(found):
-                return None
-            node = int(children[found[0]])
-        return node
+    def find(self, prefixes: Sequence[Iterable[Any]]) -> Int32s:
+        """The inner nodes that these letters lead to, -1 where no token starts with them: (n_prefixes,)."""
+        from genlm_backend.trie import passes
+
+        if all(isinstance(prefix, bytes) for prefix in prefixes):
+            codes = np.frombuffer(b"".join(prefixes), np.uint8).astype(np.int32)  # type: ignore[arg-type]
+            lengths = [len(prefix) for prefix in prefixes]  # type: ignore[arg-type]
+        else:
+            of_prefixes = [[self._code_of(letter) for letter in prefix] for prefix in prefixes]
+            lengths = [len(of_prefix) for of_prefix in of_prefixes]
+            all_codes = (_NO_CODE if code is None else code for of_prefix in of_prefixes for code in of_prefix)
+            codes = np.fromiter(all_codes, np.int32)
+        ends = np.array([*accumulate(lengths)], np.int64)
+        found: Int32s = passes.find_nodes(codes, ends, self.code, self.child_start, self.child)
+        return found
 
     def prefix_codes(self, node: int) -> Int32s:
         """The codes of the letters from the root to a node; a leaf has those of its parent."""

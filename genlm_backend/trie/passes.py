@@ -158,6 +158,31 @@ def count_leaves(parent: Int32s, leaf: Int32s) -> Int32s:
 
 
 @compiled()
+def find_nodes(codes: Int32s, ends: npt.NDArray[np.int64], code: Int32s, child_start: Int32s, child: Int32s) -> Int32s:
+    """The inner nodes that some prefixes lead to, -1 where no token starts so: (n_prefixes,) int32.
+
+    Args:
+        codes, ends: The letters of the prefixes, as for `insert_tokens`; letters that no token has are below -1.
+        code, child_start, child: As `insert_tokens` gives them.
+    """
+    found = np.empty(ends.size, np.int32)
+    position = 0
+    for i in range(ends.size):
+        node = code.size - 1
+        while position < ends[i] and node >= 0:
+            below = -1
+            for k in range(child_start[node], child_start[node + 1]):
+                if code[child[k]] == codes[position]:
+                    below = child[k]
+                    break
+            node = below
+            position += 1
+        position = ends[i]
+        found[i] = node
+    return found
+
+
+@compiled()
 def find_holders(parent: Int32s, child_start: Int32s) -> tuple[Int32s, Int32s, Int32s, Int32s, Int32s]:
     """The nodes that hold a value of their own: leaves and forks, numbered in post-order; the root's holder is last.
 
@@ -325,6 +350,38 @@ def logsumexp_rows(
                 one[fork] = top
                 first += size
         _spread(one, value_of_node, out[r])
+
+
+@compiled()
+def sum_segments(rows: Floats, token: Int32s, lengths: npt.NDArray[np.int64], out: npt.NDArray[np.float64]) -> None:
+    """The sum of the weights of each group of tokens, in float64.
+
+    Args:
+        rows: (n, n_tokens), contiguous.
+        token, lengths: See `sums.Segments`.
+        out: (n, n_segments), written.
+    """
+    for r in range(rows.shape[0]):
+        first = 0
+        for s in range(lengths.size):
+            total = 0.0
+            for k in range(first, first + lengths[s]):
+                total += rows[r, token[k]]
+            out[r, s] = total
+            first += lengths[s]
+
+
+@compiled()
+def max_segments(rows: Floats, token: Int32s, lengths: npt.NDArray[np.int64], out: npt.NDArray[np.float64]) -> None:
+    """The largest weight of each group of tokens, NaN if one is, -inf of none; arguments as in `sum_segments`."""
+    for r in range(rows.shape[0]):
+        first = 0
+        for s in range(lengths.size):
+            top = -math.inf
+            for k in range(first, first + lengths[s]):
+                top = _larger(top, rows[r, token[k]])
+            out[r, s] = top
+            first += lengths[s]
 
 
 @compiled()

@@ -59,16 +59,21 @@ class NodeSums(Protocol):
     def reduce_segments(self, rows: Any, segments: Segments, reduction: Reduction) -> Any:
         """(n, n_segments)."""
 
+    def reduce_segments_apart(
+        self, blocks: Sequence[Any], segments: Sequence[Segments], reduction: Reduction
+    ) -> list[Any]:
+        """`reduce_segments` of each block of rows, each with segments of its own; no two results share memory."""
+
 
 class Segments(NamedTuple):
     """Groups of tokens; a group may be empty, and groups may share tokens.
 
     Attributes:
-        token: (k,) int64; the tokens of the first group, then those of the second, and so on.
+        token: (k,) int32 or int64; the tokens of the first group, then those of the second, and so on.
         lengths: (n_segments,) int64.
     """
 
-    token: npt.NDArray[np.int64]
+    token: npt.NDArray[np.int32] | npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
 
 
@@ -117,7 +122,20 @@ class CompiledSums:
 
     def reduce_segments(self, rows: Rows, segments: Segments, reduction: Reduction) -> Rows:
         """(n, n_segments) float64."""
-        return reduce_array_segments(rows, segments, reduction)
+        if reduction == "logsumexp":
+            return reduce_array_segments(rows, segments, reduction)
+        from genlm_backend.trie import passes
+
+        out = np.empty((len(rows), len(segments.lengths)))
+        kernel = passes.sum_segments if reduction == "sum" else passes.max_segments
+        kernel(rows, np.require(segments.token, np.int32), segments.lengths, out)
+        return out
+
+    def reduce_segments_apart(
+        self, blocks: Sequence[Rows], segments: Sequence[Segments], reduction: Reduction
+    ) -> list[Rows]:
+        """`reduce_segments` of each block of rows, each with segments of its own; no two results share memory."""
+        return [self.reduce_segments(rows, of_rows, reduction) for rows, of_rows in zip(blocks, segments, strict=True)]
 
 
 class _Memory:
@@ -210,6 +228,23 @@ class DeviceSums:
         """(n, n_segments), in the type of the rows."""
         return reduce_tensor_segments(rows, segments, reduction)
 
+    def reduce_segments_apart(
+        self, blocks: Sequence[torch.Tensor], segments: Sequence[Segments], reduction: Reduction
+    ) -> list[torch.Tensor]:
+        """`reduce_segments` of each block of rows, computed at once for those of one type; no two share memory."""
+        results: list[torch.Tensor] = [torch.empty(0)] * len(blocks)
+        for dtype in _FLOATS:
+            chosen = [i for i, rows in enumerate(blocks) if rows.dtype == dtype]
+            if chosen:
+                one_row = torch.cat([blocks[i].reshape(-1) for i in chosen])[None]
+                per_row = [segments[i] for i in chosen for _ in range(len(blocks[i]))]
+                reduced = reduce_tensor_segments(one_row, _in_one_row(per_row, self._layout.n_tokens), reduction)[0]
+                shapes = [(len(blocks[i]), len(segments[i].lengths)) for i in chosen]
+                parts = reduced.split([n_rows * n_segments for n_rows, n_segments in shapes])
+                for i, part, shape in zip(chosen, parts, shapes, strict=True):
+                    results[i] = part.reshape(shape).clone()
+        return results
+
     @cached_property
     def _blocks(self) -> _Blocks:
         return _find_blocks(self._layout, self.device)
@@ -272,6 +307,14 @@ def _find_blocks(layout: Layout, device: torch.device) -> _Blocks:
 
 
 # ---- a few nodes, without the rest of the trie
+
+
+def _in_one_row(segments_of_rows: Sequence[Segments], n_tokens: int) -> Segments:
+    """The segments of several rows, as segments of the row that has these rows one after another."""
+    tokens = [of_row.token + np.int64(r * n_tokens) for r, of_row in enumerate(segments_of_rows)]
+    lengths = [of_row.lengths for of_row in segments_of_rows]
+    none = np.empty(0, np.int64)
+    return Segments(np.concatenate([none, *tokens]), np.concatenate([none, *lengths]))
 
 
 def reduce_array_segments(rows: Rows, segments: Segments, reduction: Reduction) -> npt.NDArray[np.float64]:

@@ -464,6 +464,15 @@ def test_find_gives_the_node_of_a_prefix() -> None:
     assert trie.find(b"cow") is trie.find(b"catsx") is trie.find("do") is trie.find([b"d", 300, -1]) is None
 
 
+def test_find_follows_every_prefix_to_the_node_of_its_letters() -> None:
+    trie = TokenCharacterTrie([*random_vocabulary(2_000), b"", "ab", (1, "x")])
+    for node in trie.ordering.tolist():
+        prefix = trie.node2prefix[node]
+        assert trie.find(prefix) == node
+        if all(isinstance(letter, int) for letter in prefix):
+            assert trie.find(bytes(prefix)) == node and trie.find(b"\xff" + bytes(prefix)) is None
+
+
 def test_children_of_a_node_that_is_not_there_are_refused() -> None:
     trie = TokenCharacterTrie(FOUR_WORDS)
     for node in (13, -1):
