@@ -12,7 +12,7 @@ On a device (`DeviceSums`). Two ways were measured on CPU tensors, SmolLM2's voc
 The second is kept. Its cost depends neither on the depth of the trie nor on the length of its tokens, one algorithm
 serves the three operations, and every number is written once, without atomic additions, so results repeat bit by bit.
 
-On the CPU (`CompiledSums`) the compiled passes take 0.16 ms for one row and 4 ms for 32, and add in float64.
+On the CPU (`CompiledSums`) the compiled passes take 0.14 ms for one row and 8 ms for 32, float64 results included.
 """
 
 from __future__ import annotations
