@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ import torch
 BATCH = 32
 N_ENTRIES = 150_000
 SEED = 0
+PREFIXES = [b" t", b" the", b"in", b"x", b" pre", b"\n", b"{", b"qu"]
 AFTER_A_FORWARD = ", after a forward"
 PARALLEL = ", parallel"
 # Relative, at any node: sums in float32 on a device, and whatever else is added in float64.
@@ -75,6 +76,7 @@ TASKS = (
     Task("next bytes after a prefix, 1 row", None, None, 20, "logsumexp, 1 row"),
     Task("next bytes of a new token, 1 row", None, None, 20, "logsumexp, 1 row"),
     Task("children of one node, 1 row", None, None, 20, "sum, 1 row"),
+    Task("1 prefix, 1 row", None, None, 20, "sum, 1 row"),
     Task("8 prefixes, 1 row", None, None, 20, "sum, 1 row"),
 )
 
@@ -211,10 +213,9 @@ class _Measured:
             "logsumexp, 32 rows": lambda: sequential.batch_weight_logsumexp(self.log_rows),
             "next bytes after a prefix, 1 row": lambda: self.after.log_masses(self.log_rows[0]).log_masses,
             "next bytes of a new token, 1 row": lambda: self.new_token.log_masses(self.log_rows[0]).log_masses,
-            "children of one node, 1 row": lambda: sequential.children_weights(rows[0], sequential.find(b" t")),
-            "8 prefixes, 1 row": lambda: sequential.prefix_weights(
-                rows[0], [b" t", b" the", b"in", b"x", b" pre", b"\n", b"{", b"qu"]
-            ),
+            "children of one node, 1 row": lambda: sequential.children_weights(self.row, sequential.find(b" t")),
+            "1 prefix, 1 row": lambda: sequential.prefix_weights(self.row, PREFIXES[:1]),
+            "8 prefixes, 1 row": lambda: sequential.prefix_weights(self.row, PREFIXES),
         }
         return work[name]
 
@@ -373,11 +374,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, default=120.0, help="most seconds to wait for a quiet machine")
     parser.add_argument("--json", type=Path, default=CACHE / "tries.json")
+    parser.add_argument("--markdown", type=Path, help="where the table goes as Markdown, if anywhere")
     options = parser.parse_args()
     console, progress = Console(), Console(stderr=True)
     report = measure(options, lambda text: progress.print(f"{text} ...", markup=False))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.markdown is not None:
+        options.markdown.write_text(to_markdown(report), encoding="utf-8")
     for title, of_vocabulary in report["vocabularies"].items():
         table = Table(title=f"{title}: {of_vocabulary['n_tokens']:,} tokens, {of_vocabulary['n_nodes']:,} nodes")
         for column in ("", "ours, ms", "genlm-backend, ms", "times", "target", "off by, ours", "theirs"):
@@ -385,23 +389,75 @@ def main() -> int:
         for task in TASKS:
             seconds = of_vocabulary["seconds"][task.name]
             ours, theirs = (_spread(seconds[package]) for package in ("ours", "genlm"))
-            slower = seconds["genlm"]
             if task.whole:
-                slower, theirs = of_vocabulary["seconds"][task.whole]["ours"], f"ours, {task.whole}"
-            times = f"{statistics.median(slower) / statistics.median(seconds['ours']):.1f}" if slower else ""
+                theirs = f"ours, {task.whole}"
             errors = of_vocabulary["largest_errors"].get(task.name, {})
             off_by = [f"{errors[package]:.1e}" if errors else "" for package in ("ours", "genlm")]
-            table.add_row(task.name, ours, theirs, times, f"{task.target:g}" if task.target else "", *off_by)
+            target = f"{task.target:g}" if task.target else ""
+            table.add_row(task.name, ours, theirs, _times(task, of_vocabulary), target, *off_by)
         console.print(table)
+    for note in _notes(report):
+        console.print(note, soft_wrap=True, markup=False)
+    console.print(f"every number: {options.json}", soft_wrap=True)
+    return 0
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """The table, for the documentation."""
+    from benchmark.machine import markdown_table, with_notes
+
+    header, rows = ["", "target"], []
+    for title, of_vocabulary in report["vocabularies"].items():
+        header += [f"{title}, {of_vocabulary['n_tokens']:,} tokens: ours / theirs, ms", "times"]
+    for task in TASKS:
+        row = [task.name, f"{task.target:g}" if task.target else ""]
+        for of_vocabulary in report["vocabularies"].values():
+            medians = [_median_ms(of_vocabulary["seconds"][task.name][package]) for package in ("ours", "genlm")]
+            row += [" / ".join(filter(None, medians)), _times(task, of_vocabulary)]
+        rows.append(row)
+    return with_notes(markdown_table(header, rows), _notes(report))
+
+
+def _notes(report: dict[str, Any]) -> Iterator[str]:
+    from benchmark.machine import machine_line
+
     packages = report["packages"]
-    console.print(
+    yield (
         f"first use (import of numba, first trie, first sums): {packages['ours']['first_use_s']:.1f} s, "
         f"{report['ours_first_use_without_cache_s']:.1f} s when compiled for the first time on a machine; "
-        f"genlm-backend {packages['genlm']['version']}: {packages['genlm']['first_use_s']:.1f} s, each time",
-        soft_wrap=True,
+        f"genlm-backend {packages['genlm']['version']}: {packages['genlm']['first_use_s']:.1f} s, each time"
     )
-    console.print(f"median (10th to 90th percentile) of all calls; every number: {options.json}", soft_wrap=True)
-    return 0
+    for title, of_vocabulary in report["vocabularies"].items():
+        for package in ("ours", "genlm"):
+            errors = {
+                name: max(
+                    (of_task[package] for task, of_task in of_vocabulary["largest_errors"].items() if name in task),
+                    default=0.0,
+                )
+                for name in ("sum", "max")
+            }
+            yield f"{title}, largest relative error of {package}: " + ", ".join(
+                f"{name} {error:.1e}" for name, error in errors.items()
+            )
+    changed = " with changes" if report["commit"]["has_changes"] else ""
+    yield f"{machine_line(report['machine'])}; 2 threads; commit {report['commit']['id'][:12]}{changed}"
+    yield (
+        "medians (in the terminal with the 10th to 90th percentile) of all calls; those of a few nodes are compared "
+        "with our own call for all nodes"
+    )
+
+
+def _times(task: Task, of_vocabulary: dict[str, Any]) -> str:
+    seconds = of_vocabulary["seconds"]
+    slower = seconds[task.whole]["ours"] if task.whole else seconds[task.name]["genlm"]
+    return f"{statistics.median(slower) / statistics.median(seconds[task.name]['ours']):.1f}" if slower else ""
+
+
+def _median_ms(seconds: Sequence[float]) -> str:
+    if not seconds:
+        return ""
+    median_ms = statistics.median(seconds) * 1e3
+    return f"{median_ms:,.0f}" if median_ms >= 100 else f"{median_ms:.3g}"
 
 
 def _spread(seconds: Sequence[float]) -> str:

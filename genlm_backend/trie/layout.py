@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,21 +20,23 @@ UInt32s = npt.NDArray[np.uint32]
 class Forks(NamedTuple):
     """How the values of all nodes come from the weights.
 
-    Values 0 to n_tokens - 1 are the weights; value n_tokens + i is that of fork i, a node with several children. Forks
-    are ordered by height (above their children), then by number of children.
+    Values 0 to n_tokens - 1 are the weights, in the order of their leaves; value n_tokens + i is that of fork i, a node
+    with several children. Forks are ordered by height (above their children), then by number of children.
 
     Attributes:
         node: (n_forks,) int32.
+        value_of_token: (n_tokens,) uint32; where the weight of each entry is among the values.
         child: uint32; which values the first fork reduces, then which the second does, and so on.
         group_start: (n_groups + 1,) int32; group g are the forks from `group_start[g]` up to `group_start[g + 1]`.
-        group_size: (n_groups,) int32; the number of children of each fork of the group.
+        group_size: (n_groups,) uint64; the number of children of each fork of the group.
         value_of_node: (n_nodes,) uint32; a node with one child has the value of that child.
     """
 
     node: Int32s
+    value_of_token: UInt32s
     child: UInt32s
     group_start: Int32s
-    group_size: Int32s
+    group_size: npt.NDArray[np.uint64]
     value_of_node: UInt32s
 
 
@@ -79,17 +82,21 @@ class Layout:
         children: Int32s = self.child[self.child_start[node] : self.child_start[node + 1]]
         return children
 
-    def find(self, prefix: Iterable[Any]) -> int | None:
-        """The inner node that these letters lead to; None if no token starts with them."""
-        node = self.root
-        for letter in prefix:
-            code = letter if type(letter) is int and 0 <= letter < 256 else self._code_of(letter)
-            children = self.children_of(node)
-            found = np.flatnonzero(self.code[children] == (_NO_CODE if code is None else code))
-            if not len(found):
-                return None
-            node = int(children[found[0]])
-        return node
+    def find(self, prefixes: Sequence[Iterable[Any]]) -> Int32s:
+        """The inner nodes that these letters lead to, -1 where no token starts with them: (n_prefixes,)."""
+        from genlm_backend.trie import passes
+
+        if all(isinstance(prefix, bytes) for prefix in prefixes):
+            codes = np.frombuffer(b"".join(prefixes), np.uint8).astype(np.int32)  # type: ignore[arg-type]
+            lengths = [len(prefix) for prefix in prefixes]  # type: ignore[arg-type]
+        else:
+            of_prefixes = [[self._code_of(letter) for letter in prefix] for prefix in prefixes]
+            lengths = [len(of_prefix) for of_prefix in of_prefixes]
+            all_codes = (_NO_CODE if code is None else code for of_prefix in of_prefixes for code in of_prefix)
+            codes = np.fromiter(all_codes, np.int32)
+        ends = np.array([*accumulate(lengths)], np.int64)
+        found: Int32s = passes.find_nodes(codes, ends, self.code, self.child_start, self.child)
+        return found
 
     def prefix_codes(self, node: int) -> Int32s:
         """The codes of the letters from the root to a node; a leaf has those of its parent."""
@@ -130,16 +137,15 @@ class Layout:
         forks = forks[np.lexsort((n_children[forks], height[forks]))]
         is_new = (np.diff(height[forks]) != 0) | (np.diff(n_children[forks]) != 0)
         first_of_group = np.concatenate([np.zeros(min(len(forks), 1), np.int64), np.flatnonzero(is_new) + 1])
-        token_of_node = np.zeros(self.n_nodes, np.uint32)
-        token_of_node[self.leaf] = np.arange(self.n_tokens, dtype=np.uint32)
-        value = token_of_node[bottom]
+        value = self.leaf_range[0][bottom].astype(np.uint32)  # of a leaf, its place among the leaves
         value[forks] = self.n_tokens + np.arange(len(forks), dtype=np.uint32)
         by_fork = np.argsort(value[above[:-1]], kind="stable")  # the last holder is the root's, and nobody's child
         return Forks(
             bottom[forks],
+            self.leaf_range[0][self.leaf].astype(np.uint32),
             value[:-1][by_fork],
             np.append(first_of_group, len(forks)).astype(np.int32),
-            n_children[forks[first_of_group]],
+            n_children[forks[first_of_group]].astype(np.uint64),
             value[holder],
         )
 

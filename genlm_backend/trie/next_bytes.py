@@ -87,7 +87,7 @@ def _tokens_by_next_byte(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Tokens and the column of each."""
     layout = trie.layout
-    node = layout.find(prefix)
+    node = trie.find(prefix)
     if node is None:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     starts, ends = layout.leaf_range

@@ -7,13 +7,15 @@ nor long tokens cost more than their letters, and nothing recurses. Nodes are th
 the order in which tokens brought them, which is the numbering of genlm-backend.
 
 Reducing. A node with one child has that child's value. Only leaves and nodes with several children ("forks") hold one
-of their own: 72,506 of the 149,591 nodes of SmolLM2's vocabulary. The values are the weights as they come, and then
-those of the forks, by height and then by number of children, so that loops have the same length many times in a row; at
-the end they are spread over all nodes. One row takes 0.11 ms, half of it for the spreading, which memory bounds.
-Measured and rejected: `values[parent] += values[node]` over all nodes in post-order, where each addition waits for the
-store just before it (0.22 ms); values in breadth-first or post-order, where scattering the weights costs what reading
-neighbours saves (0.11 to 0.16 ms).
-Four rows at a time share the reading of the indices.
+of their own: 72,506 of the 149,591 nodes of SmolLM2's vocabulary. The values are the weights in the order of their
+leaves, and then those of the forks, by height and then by number of children, so that loops have the same length many
+times in a row; at the end they are spread over all nodes. Half of the time of one row goes into the spreading,
+a third into the forks. Four rows at a time share the reading of the indices.
+Measured and rejected: weights in the order of the vocabulary, where spreading reads all over (0.18 instead of 0.14 ms,
+and three times as long for 32 rows of 150,000 entries); `values[parent] += values[node]` over all nodes in post-order,
+where each addition waits for the store just before it; leaves and forks together in post-order (0.155 ms); writing each
+value several times in a row instead of reading an index for each node (0.20 ms). Unsigned positions count: with signed
+ones, each looked at whether it is negative, the forks take 0.066 instead of 0.047 ms.
 
 Each kernel runs in the calling thread alone and releases the interpreter lock. numba's own `parallel=True` is not used:
 some of its threading layers abort when two threads enter at once, or in a forked child.
@@ -30,9 +32,11 @@ from genlm_backend.compiled import compiled
 
 Int32s = npt.NDArray[np.int32]
 UInt32s = npt.NDArray[np.uint32]  # as indices they need no look at whether they are negative
+UInt64s = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # Knuth's multiplicative hashing: 2**64 / golden ratio
+_NONE, _ONE, _TWO = np.uint64(0), np.uint64(1), np.uint64(2)  # a literal beside an unsigned number makes it a float
 
 
 @compiled()
@@ -154,6 +158,31 @@ def count_leaves(parent: Int32s, leaf: Int32s) -> Int32s:
 
 
 @compiled()
+def find_nodes(codes: Int32s, ends: npt.NDArray[np.int64], code: Int32s, child_start: Int32s, child: Int32s) -> Int32s:
+    """The inner nodes that some prefixes lead to, -1 where no token starts so: (n_prefixes,) int32.
+
+    Args:
+        codes, ends: The letters of the prefixes, as for `insert_tokens`; letters that no token has are below -1.
+        code, child_start, child: As `insert_tokens` gives them.
+    """
+    found = np.empty(ends.size, np.int32)
+    position = 0
+    for i in range(ends.size):
+        node = code.size - 1
+        while position < ends[i] and node >= 0:
+            below = -1
+            for k in range(child_start[node], child_start[node + 1]):
+                if code[child[k]] == codes[position]:
+                    below = child[k]
+                    break
+            node = below
+            position += 1
+        position = ends[i]
+        found[i] = node
+    return found
+
+
+@compiled()
 def find_holders(parent: Int32s, child_start: Int32s) -> tuple[Int32s, Int32s, Int32s, Int32s, Int32s]:
     """The nodes that hold a value of their own: leaves and forks, numbered in post-order; the root's holder is last.
 
@@ -190,13 +219,19 @@ def find_holders(parent: Int32s, child_start: Int32s) -> tuple[Int32s, Int32s, I
 
 @compiled()
 def sum_rows(
-    rows: Floats, child: UInt32s, group_start: Int32s, group_size: Int32s, value_of_node: UInt32s, out: Floats
+    rows: Floats,
+    value_of_token: UInt32s,
+    child: UInt32s,
+    group_start: Int32s,
+    group_size: UInt64s,
+    value_of_node: UInt32s,
+    out: Floats,
 ) -> None:
     """The sum of the weights below each node, in float64, rounded once to the type of `out`.
 
     Args:
         rows: (n, n_tokens), contiguous.
-        child, group_start, group_size, value_of_node: See `layout.Forks`.
+        value_of_token, child, group_start, group_size, value_of_node: See `layout.Forks`.
         out: (n, n_nodes), written.
     """
     n_tokens, n_values = rows.shape[1], rows.shape[1] + group_start[-1]
@@ -204,14 +239,14 @@ def sum_rows(
     if n_fours:
         four = np.empty((n_values, 4), np.float64)
         for r in range(0, n_fours, 4):
-            _take_four(rows, r, four)
-            first = 0
+            _take_four(rows, r, value_of_token, four)
+            first = _NONE
             for g in range(group_size.size):
                 size = group_size[g]
                 for fork in range(n_tokens + group_start[g], n_tokens + group_start[g + 1]):
                     i = child[first]
                     a, b, c, d = four[i, 0], four[i, 1], four[i, 2], four[i, 3]
-                    for j in range(first + 1, first + size):
+                    for j in range(first + _ONE, first + size):
                         i = child[j]
                         a += four[i, 0]
                         b += four[i, 1]
@@ -222,13 +257,13 @@ def sum_rows(
             _spread_four(four, value_of_node, r, out)
     one = np.empty(n_values, np.float64)
     for r in range(n_fours, rows.shape[0]):
-        _take(rows[r], one)
-        first = 0
+        _take(rows[r], value_of_token, one)
+        first = _NONE
         for g in range(group_size.size):
             size = group_size[g]
             for fork in range(n_tokens + group_start[g], n_tokens + group_start[g + 1]):
-                total = one[child[first]] + one[child[first + 1]]
-                for j in range(first + 2, first + size):
+                total = one[child[first]] + one[child[first + _ONE]]
+                for j in range(first + _TWO, first + size):
                     total += one[child[j]]
                 one[fork] = total
                 first += size
@@ -237,22 +272,28 @@ def sum_rows(
 
 @compiled()
 def max_rows(
-    rows: Floats, child: UInt32s, group_start: Int32s, group_size: Int32s, value_of_node: UInt32s, out: Floats
+    rows: Floats,
+    value_of_token: UInt32s,
+    child: UInt32s,
+    group_start: Int32s,
+    group_size: UInt64s,
+    value_of_node: UInt32s,
+    out: Floats,
 ) -> None:
-    """The largest weight below each node, NaN if one is; arguments as in `sum_rows`."""
+    """The largest weight below each node, NaN if one is; arguments as in `sum_rows`. Exact in the type of the rows."""
     n_tokens, n_values = rows.shape[1], rows.shape[1] + group_start[-1]
     n_fours = rows.shape[0] // 4 * 4
     if n_fours:
-        four = np.empty((n_values, 4), np.float64)
+        four = np.empty((n_values, 4), rows.dtype)
         for r in range(0, n_fours, 4):
-            _take_four(rows, r, four)
-            first = 0
+            _take_four(rows, r, value_of_token, four)
+            first = _NONE
             for g in range(group_size.size):
                 size = group_size[g]
                 for fork in range(n_tokens + group_start[g], n_tokens + group_start[g + 1]):
                     i = child[first]
                     a, b, c, d = four[i, 0], four[i, 1], four[i, 2], four[i, 3]
-                    for j in range(first + 1, first + size):
+                    for j in range(first + _ONE, first + size):
                         i = child[j]
                         a = _larger(a, four[i, 0])
                         b = _larger(b, four[i, 1])
@@ -261,15 +302,15 @@ def max_rows(
                     four[fork, 0], four[fork, 1], four[fork, 2], four[fork, 3] = a, b, c, d
                     first += size
             _spread_four(four, value_of_node, r, out)
-    one = np.empty(n_values, np.float64)
+    one = np.empty(n_values, rows.dtype)
     for r in range(n_fours, rows.shape[0]):
-        _take(rows[r], one)
-        first = 0
+        _take(rows[r], value_of_token, one)
+        first = _NONE
         for g in range(group_size.size):
             size = group_size[g]
             for fork in range(n_tokens + group_start[g], n_tokens + group_start[g + 1]):
-                top = _larger(one[child[first]], one[child[first + 1]])
-                for j in range(first + 2, first + size):
+                top = _larger(one[child[first]], one[child[first + _ONE]])
+                for j in range(first + _TWO, first + size):
                     top = _larger(top, one[child[j]])
                 one[fork] = top
                 first += size
@@ -278,7 +319,13 @@ def max_rows(
 
 @compiled()
 def logsumexp_rows(
-    rows: Floats, child: UInt32s, group_start: Int32s, group_size: Int32s, value_of_node: UInt32s, out: Floats
+    rows: Floats,
+    value_of_token: UInt32s,
+    child: UInt32s,
+    group_start: Int32s,
+    group_size: UInt64s,
+    value_of_node: UInt32s,
+    out: Floats,
 ) -> None:
     """Log of the sum of exp(weight) below each node; arguments as in `sum_rows`.
 
@@ -287,13 +334,13 @@ def logsumexp_rows(
     n_tokens = rows.shape[1]
     one = np.empty(n_tokens + group_start[-1], np.float64)
     for r in range(rows.shape[0]):
-        _take(rows[r], one)
-        first = 0
+        _take(rows[r], value_of_token, one)
+        first = _NONE
         for g in range(group_size.size):
             size = group_size[g]
             for fork in range(n_tokens + group_start[g], n_tokens + group_start[g + 1]):
                 top = one[child[first]]
-                for j in range(first + 1, first + size):
+                for j in range(first + _ONE, first + size):
                     top = _larger(top, one[child[j]])
                 if math.isfinite(top):
                     total = 0.0
@@ -306,33 +353,66 @@ def logsumexp_rows(
 
 
 @compiled()
+def sum_segments(rows: Floats, token: Int32s, lengths: npt.NDArray[np.int64], out: npt.NDArray[np.float64]) -> None:
+    """The sum of the weights of each group of tokens, in float64.
+
+    Args:
+        rows: (n, n_tokens), contiguous.
+        token, lengths: See `sums.Segments`.
+        out: (n, n_segments), written.
+    """
+    for r in range(rows.shape[0]):
+        first = 0
+        for s in range(lengths.size):
+            total = 0.0
+            for k in range(first, first + lengths[s]):
+                total += rows[r, token[k]]
+            out[r, s] = total
+            first += lengths[s]
+
+
+@compiled()
+def max_segments(rows: Floats, token: Int32s, lengths: npt.NDArray[np.int64], out: npt.NDArray[np.float64]) -> None:
+    """The largest weight of each group of tokens, NaN if one is, -inf of none; arguments as in `sum_segments`."""
+    for r in range(rows.shape[0]):
+        first = 0
+        for s in range(lengths.size):
+            top = -math.inf
+            for k in range(first, first + lengths[s]):
+                top = _larger(top, rows[r, token[k]])
+            out[r, s] = top
+            first += lengths[s]
+
+
+@compiled()
 def _larger(a: float, b: float) -> float:
     return b if (b > a) | (b != b) else a
 
 
 @compiled()
-def _take(row: Floats, values: npt.NDArray[np.float64]) -> None:
+def _take(row: Floats, value_of_token: UInt32s, values: Floats) -> None:
     for i in range(row.size):
-        values[i] = row[i]
+        values[value_of_token[i]] = row[i]
 
 
 @compiled()
-def _take_four(rows: Floats, r: int, values: npt.NDArray[np.float64]) -> None:
+def _take_four(rows: Floats, r: int, value_of_token: UInt32s, values: Floats) -> None:
     for i in range(rows.shape[1]):
-        values[i, 0] = rows[r, i]
-        values[i, 1] = rows[r + 1, i]
-        values[i, 2] = rows[r + 2, i]
-        values[i, 3] = rows[r + 3, i]
+        v = value_of_token[i]
+        values[v, 0] = rows[r, i]
+        values[v, 1] = rows[r + 1, i]
+        values[v, 2] = rows[r + 2, i]
+        values[v, 3] = rows[r + 3, i]
 
 
 @compiled()
-def _spread(values: npt.NDArray[np.float64], value_of_node: UInt32s, out: Floats) -> None:
+def _spread(values: Floats, value_of_node: UInt32s, out: Floats) -> None:
     for node in range(value_of_node.size):
         out[node] = values[value_of_node[node]]
 
 
 @compiled()
-def _spread_four(values: npt.NDArray[np.float64], value_of_node: UInt32s, r: int, out: Floats) -> None:
+def _spread_four(values: Floats, value_of_node: UInt32s, r: int, out: Floats) -> None:
     for node in range(value_of_node.size):
         i = value_of_node[node]
         out[r, node] = values[i, 0]

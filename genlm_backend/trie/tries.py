@@ -133,7 +133,8 @@ class TokenCharacterTrie:
 
     def find(self, prefix: Iterable[Any]) -> int | None:
         """The node that these letters lead to; None if no token starts with them."""
-        return self.layout.find(prefix)
+        node = int(self.layout.find([prefix])[0])
+        return None if node < 0 else node
 
     def children_weights(self, ws: Weights, node: int, reduction: Reduction = "sum") -> NodeWeights:
         """The weights of the children of a node, in the order of `children[node]`; reads only the tokens below it.
@@ -150,9 +151,7 @@ class TokenCharacterTrie:
             NoSuchNode: No such node.
             ValueError: No such reduction.
         """
-        if not 0 <= node < self.n_nodes:
-            raise NoSuchNode(node, self.n_nodes)
-        return self._some_nodes(ws, self.layout.children_of(node), reduction)
+        return self._some_nodes(ws, self._segments_of_children(node), reduction)
 
     def prefix_weights(
         self, ws: Weights, prefixes: Sequence[Iterable[Any]], reduction: Reduction = "sum"
@@ -170,7 +169,7 @@ class TokenCharacterTrie:
         Raises:
             ValueError: No such reduction.
         """
-        return self._some_nodes(ws, [self.find(prefix) for prefix in prefixes], reduction)
+        return self._some_nodes(ws, self._segments_of_prefixes(prefixes), reduction)
 
     # ---- what dependants read of the trie; built on first use
 
@@ -255,19 +254,30 @@ class TokenCharacterTrie:
     def _all_nodes(self, ws: Weights, n_dimensions: int, reduction: Reduction) -> NodeWeights:
         return as_array(self._sums.reduce(self._sums.rows(ws, n_dimensions), reduction))
 
-    def _some_nodes(self, ws: Weights, nodes: Sequence[int | None] | Int32s, reduction: Reduction) -> NodeWeights:
+    def _some_nodes(self, ws: Weights, segments: Segments, reduction: Reduction) -> NodeWeights:
         plain = plain_weights(ws)
         rows = self._sums.rows(plain, plain.ndim)
-        reduced = as_array(self._sums.reduce_segments(rows, self._segments(nodes), checked_reduction(reduction)))
+        reduced = as_array(self._sums.reduce_segments(rows, segments, checked_reduction(reduction)))
         return reduced[0] if plain.ndim == 1 else reduced
 
-    def _segments(self, nodes: Sequence[int | None] | Int32s) -> Segments:
-        """The tokens below each node; None is no node, with no tokens."""
+    def _segments_of_children(self, node: int) -> Segments:
+        """The tokens below each child of a node: together one run of the leaves."""
+        if not 0 <= node < self.n_nodes:
+            raise NoSuchNode(node, self.n_nodes)
         starts, ends = self.layout.leaf_range
-        runs = [(0, 0) if node is None else (int(starts[node]), int(ends[node])) for node in nodes]
-        token = [self.layout.token_of_leaf_position[start:end] for start, end in runs]
+        children = self.layout.children_of(node)
+        lengths = (ends[children] - starts[children]).astype(np.int64)
+        end = ends[node]
+        return Segments(self.layout.token_of_leaf_position[end - lengths.sum() : end], lengths)
+
+    def _segments_of_prefixes(self, prefixes: Sequence[Iterable[Any]]) -> Segments:
+        """The tokens that start with each prefix."""
+        starts, ends = self.layout.leaf_range
+        nodes = self.layout.find(prefixes).tolist()
+        runs = [(0, 0) if node < 0 else (starts[node], ends[node]) for node in nodes]
+        tokens = [self.layout.token_of_leaf_position[start:end] for start, end in runs]
         lengths = np.array([end - start for start, end in runs], np.int64)
-        return Segments(np.concatenate([*token, np.empty(0, np.int64)]), lengths)
+        return Segments(np.concatenate([np.empty(0, np.int32), *tokens]), lengths)
 
 
 class ParallelTokenCharacterTrie(TokenCharacterTrie):
@@ -364,6 +374,16 @@ class AsyncTokenCharacterTrie:
         """As `TokenCharacterTrie.batch_weight_logsumexp`."""
         return await self._ask(ws, 2, "logsumexp")
 
+    async def children_weights(self, ws: Weights, node: int, reduction: Reduction = "sum") -> NodeWeights:
+        """As `TokenCharacterTrie.children_weights`."""
+        return await self._ask_some(ws, self.trie._segments_of_children(node), reduction)
+
+    async def prefix_weights(
+        self, ws: Weights, prefixes: Sequence[Iterable[Any]], reduction: Reduction = "sum"
+    ) -> NodeWeights:
+        """As `TokenCharacterTrie.prefix_weights`."""
+        return await self._ask_some(ws, self.trie._segments_of_prefixes(prefixes), reduction)
+
     async def mass_sum(self, p_llm: Weights) -> NodeWeights:
         """As `TokenCharacterTrie.mass_sum`."""
         return await self.weight_sum(p_llm)
@@ -410,11 +430,17 @@ class AsyncTokenCharacterTrie:
         of_row: NodeWeights = (await self._ask(ws, 1, reduction))[0]
         return of_row
 
-    async def _ask(self, ws: Weights, n_dimensions: int, reduction: Reduction) -> NodeWeights:
-        sums = self.trie._sums
-        rows = sums.rows(ws, n_dimensions, copy=True)
+    async def _ask_some(self, ws: Weights, segments: Segments, reduction: Reduction) -> NodeWeights:
+        checked, plain = checked_reduction(reduction), plain_weights(ws)
+        of_rows = await self._ask(plain, plain.ndim, checked, segments)
+        return of_rows[0] if plain.ndim == 1 else of_rows
+
+    async def _ask(
+        self, ws: Weights, n_dimensions: int, reduction: Reduction, segments: Segments | None = None
+    ) -> NodeWeights:
+        rows = self.trie._sums.rows(ws, n_dimensions, copy=True)
         # A key of its own for each request: equal rows are too rare to look for.
-        answer: NodeWeights = await self._running_batcher().ask(_Request(), (rows, reduction))
+        answer: NodeWeights = await self._running_batcher().ask(_Request(), _Question(rows, reduction, segments))
         return answer
 
     def _running_batcher(self) -> Batcher:
@@ -431,6 +457,14 @@ class _Request:
     """The key of one request; equal to no other."""
 
 
+class _Question(NamedTuple):
+    """What to reduce, and how; of all nodes if there are no segments."""
+
+    rows: Any
+    reduction: Reduction
+    segments: Segments | None
+
+
 class _Evaluation:
     """What the engine thread calls."""
 
@@ -439,14 +473,21 @@ class _Evaluation:
 
     def __call__(self, jobs: Sequence[Job]) -> list[list[NodeWeights]]:
         answers: list[list[NodeWeights]] = [[] for _ in jobs]
-        by_reduction: dict[Reduction, list[int]] = {}
-        for i, job in enumerate(jobs):
-            by_reduction.setdefault(job.questions[0][1], []).append(i)
-        for reduction, chosen in by_reduction.items():
-            blocks = [jobs[i].questions[0][0] for i in chosen]
-            for i, reduced in zip(chosen, self._sums.reduce_apart(blocks, reduction), strict=True):
+        alike: dict[tuple[Reduction, bool], list[int]] = {}
+        questions: list[_Question] = [job.questions[0] for job in jobs]
+        for i, question in enumerate(questions):
+            alike.setdefault((question.reduction, question.segments is None), []).append(i)
+        for (reduction, _), chosen in alike.items():
+            for i, reduced in zip(chosen, self._reduce([questions[i] for i in chosen], reduction), strict=True):
                 answers[i] = [as_array(reduced)]
         return answers
+
+    def _reduce(self, questions: Sequence[_Question], reduction: Reduction) -> list[Any]:
+        blocks = [question.rows for question in questions]
+        segments = [question.segments for question in questions if question.segments is not None]
+        if segments:
+            return self._sums.reduce_segments_apart(blocks, segments, reduction)
+        return self._sums.reduce_apart(blocks, reduction)
 
 
 class _Prefixes(Mapping[int, list[Any]]):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from genlm_backend.errors import ModelClosed, UnknownBackend, WeightsMismatch
+from genlm_backend.errors import ModelClosed, NoSuchNode, UnknownBackend, WeightsMismatch
 from genlm_backend.tokenization import Token
 from genlm_backend.trie import AsyncTokenCharacterTrie, ParallelTokenCharacterTrie, TokenCharacterTrie
 from genlm_backend.trie.sums import DeviceSums, NodeSums
@@ -44,12 +44,19 @@ class Gated:
         return self.inner.reduce_segments(rows, segments, reduction)
 
     def reduce_apart(self, blocks: Sequence[Any], reduction: Any) -> list[Any]:
+        self.pass_gate(reduction, blocks)
+        return self.inner.reduce_apart(blocks, reduction)
+
+    def reduce_segments_apart(self, blocks: Sequence[Any], segments: Any, reduction: Any) -> list[Any]:
+        self.pass_gate(f"some {reduction}", blocks)
+        return self.inner.reduce_segments_apart(blocks, segments, reduction)
+
+    def pass_gate(self, name: str, blocks: Sequence[Any]) -> None:
         self.entered.set()
         assert self.gate.wait(10)
-        self.batches.append((reduction, len(blocks)))
+        self.batches.append((name, len(blocks)))
         if any(rows[0, 0] == 13 for rows in blocks):
             raise ZeroDivisionError("thirteen")
-        return self.inner.reduce_apart(blocks, reduction)
 
 
 @pytest.fixture(params=["sequential", "parallel", "tensors"])
@@ -95,6 +102,80 @@ async def test_what_waits_together_is_computed_together(gated: tuple[AsyncTokenC
     assert [row[trie.trie.root] for row in found] == [*range(10), *range(5)]
     assert sorted(gate.batches) == [("max", 5), ("sum", 10)]
     assert trie.statistics() == (15, 1)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "max", "logsumexp"])
+async def test_awaited_queries_of_a_few_nodes_give_what_the_trie_gives(
+    trie: AsyncTokenCharacterTrie, reduction: Any
+) -> None:
+    prefixes = [b"", b"do", b"cats", b"cow", b"do"]
+    asked, expected = [], []
+    for weights in (WEIGHTS, np.array(WEIGHTS), torch.tensor(WEIGHTS), [WEIGHTS, WEIGHTS[::-1]], np.empty((0, 4))):
+        for node in (trie.trie.root, trie.trie.find(b"cat"), 0):
+            asked.append(trie.children_weights(weights, node, reduction))
+            expected.append(trie.trie.children_weights(weights, node, reduction))
+        for some in (prefixes, prefixes[1:2], []):
+            asked.append(trie.prefix_weights(weights, some, reduction))
+            expected.append(trie.trie.prefix_weights(weights, some, reduction))
+    for found, right in zip(await asyncio.gather(*asked), expected, strict=True):
+        np.testing.assert_array_equal(found, right)
+        assert (found.dtype, found.shape) == (right.dtype, right.shape)
+    assert trie.statistics() == (30, 1)
+    assert (await trie.prefix_weights(WEIGHTS, [b"d"]))[0] == -math.inf
+    assert (await trie.prefix_weights([1, 2, 3, 4], prefixes)).tolist() == [10, 7, 2, 0, 7]
+
+
+async def test_queries_of_a_few_nodes_wait_together_with_those_of_all(
+    gated: tuple[AsyncTokenCharacterTrie, Gated],
+) -> None:
+    trie, gate = gated
+    asked = [
+        *(trie.prefix_weights([i, 1, 2, 3], [b"cat", b"d"]) for i in range(6)),
+        *(trie.children_weights([i, 1, 2, 3], trie.trie.root) for i in range(4)),
+        *(trie.prefix_weights([i, 1, 2, 3], [b"cat"], "max") for i in range(3)),
+        *(trie.weight_sum([i, 1, 2, 3]) for i in range(2)),
+    ]
+    found = await asyncio.gather(*asked)
+    assert [row.tolist() for row in found[:10]] == [[i + 1, 5] for i in (*range(6), *range(4))]
+    assert [row.tolist() for row in found[10:13]] == [[1], [1], [2]]
+    assert [row[trie.trie.root] for row in found[13:]] == [6, 7]
+    assert sorted(gate.batches) == [("some max", 3), ("some sum", 10), ("sum", 2)]
+    assert trie.statistics() == (15, 1)
+
+
+async def test_a_cancelled_query_of_a_few_nodes_changes_no_other(gated: tuple[AsyncTokenCharacterTrie, Gated]) -> None:
+    trie, gate = gated
+    gate.gate.clear()
+    weights = np.array([1.0, 2.0, 3.0, 4.0])
+    running = [asyncio.ensure_future(trie.prefix_weights(weights, [b"cat"])) for _ in range(3)]
+    await asyncio.to_thread(gate.entered.wait)
+    queued = [asyncio.ensure_future(trie.children_weights(weights, trie.trie.root)) for _ in range(3)]
+    await asyncio.sleep(0)
+    weights[:] = 100  # changes nothing that was asked before
+    running[1].cancel()
+    queued[0].cancel()
+    gate.gate.set()
+    found = await asyncio.gather(*running, *queued, return_exceptions=True)
+    assert [isinstance(row, asyncio.CancelledError) for row in found] == [False, True, False, True, False, False]
+    assert [found[i].tolist() for i in (0, 2, 4, 5)] == [[3], [3], [3, 7], [3, 7]]
+    assert gate.batches == [("some sum", 3), ("some sum", 2)]
+
+
+async def test_wrong_queries_of_a_few_nodes_fail_alone(gated: tuple[AsyncTokenCharacterTrie, Gated]) -> None:
+    trie, _ = gated
+    asked = [
+        trie.prefix_weights([1, 2, 3, 4], [b"d"]),
+        trie.prefix_weights([1, 2, 3], [b"d"]),
+        trie.children_weights([1, 2, 3, 4], 13),
+        trie.children_weights([1, 2, 3, 4], 12, "mean"),  # type: ignore[arg-type]
+        trie.prefix_weights([13, 2, 3, 4], [b"d"]),
+        trie.children_weights([1, 2, 3, 4], 12),
+    ]
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    kinds = [type(error) for error in found[1:5]]
+    assert kinds == [WeightsMismatch, NoSuchNode, ValueError, ZeroDivisionError]
+    assert "Unknown reduction" in str(found[3])
+    assert [found[0].tolist(), found[5].tolist()] == [[7], [3, 7]]
 
 
 async def test_results_share_no_memory(trie: AsyncTokenCharacterTrie) -> None:

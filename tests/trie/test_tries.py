@@ -267,6 +267,36 @@ def test_weights_are_left_as_they_are_and_results_are_new(kind: Callable[[Any], 
     assert weights.tolist() == [1, 2, 3, 4] and np.array_equal(first, before)
 
 
+def test_the_memory_of_a_large_result_is_used_again_once_nothing_refers_to_it() -> None:
+    trie = TokenCharacterTrie([b"a" * 10_000])
+    first = trie.batch_weight_sum(np.ones((64, 1)))
+    place = first.ctypes.data
+    tensor, last_row = trie.weights_on_device(np.full((64, 1), 2.0)), first[-1]
+    del first
+    others = [trie.batch_weight_max(np.full((64, 1), 3.0)) for _ in range(3)]
+    assert np.all(last_row == 1) and bool((tensor == 2).all()) and all(np.all(other == 3) for other in others)
+    del last_row
+    again = trie.batch_weight_max(np.full((64, 1), 5.0))
+    assert again.ctypes.data == place
+    assert np.all(again == 5) and bool((tensor == 2).all()) and all(np.all(other == 3) for other in others)
+    smaller = trie.batch_weight_sum(np.ones((60, 1)))
+    assert smaller.shape == (60, 10_002) and np.all(smaller == 1) and np.all(again == 5)
+    del tensor
+    two_thirds = trie.batch_weight_sum(np.ones((54, 1)))
+    assert two_thirds.flags.writeable and np.all(two_thirds == 1) and np.all(smaller == 1)
+
+
+def test_large_results_of_many_threads_share_no_memory() -> None:
+    trie = TokenCharacterTrie([b"a" * 10_000])
+
+    def ask(value: int) -> bool:
+        rows = [trie.batch_weight_sum(np.full((64, 1), float(value + i))) for i in range(3)]
+        return all(np.all(row == value + i) for i, row in enumerate(rows))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(ask, range(0, 80, 10)))
+
+
 def test_results_are_float64_and_of_the_weights_type_in_the_parallel_trie() -> None:
     single = torch.ones(4)
     assert TokenCharacterTrie(FOUR_WORDS).weight_sum(single).dtype == np.float64
@@ -432,6 +462,15 @@ def test_find_gives_the_node_of_a_prefix() -> None:
     assert trie.node2prefix[trie.find(b"do")] == list(b"do")
     assert trie.find(np.frombuffer(b"do", np.uint8)) == trie.find(b"do")
     assert trie.find(b"cow") is trie.find(b"catsx") is trie.find("do") is trie.find([b"d", 300, -1]) is None
+
+
+def test_find_follows_every_prefix_to_the_node_of_its_letters() -> None:
+    trie = TokenCharacterTrie([*random_vocabulary(2_000), b"", "ab", (1, "x")])
+    for node in trie.ordering.tolist():
+        prefix = trie.node2prefix[node]
+        assert trie.find(prefix) == node
+        if all(isinstance(letter, int) for letter in prefix):
+            assert trie.find(bytes(prefix)) == node and trie.find(b"\xff" + bytes(prefix)) is None
 
 
 def test_children_of_a_node_that_is_not_there_are_refused() -> None:
