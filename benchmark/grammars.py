@@ -5,7 +5,7 @@ from SmolLM2. Counted are the tokens of the responses per second, one at a time 
 parse as JSON and are such an object. Everyone draws with the same temperature and nucleus from the same model in
 one type, in turn, round after round, each in a process of its own; the first round warms up. Drawn, not greedy as it
 was published, because sixteen greedy texts are one text; with strings of bounded length, because otherwise no way to
-write them can promise an end.
+write them can promise an end. After `--limit` seconds a run is stopped, and its rate is of what it wrote until then.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -35,8 +36,10 @@ from benchmark.workloads import Workload
 from genlm_backend.potentials import grammar
 
 TRANSFORMERS_CFG, GRAMMAR_GUIDE = "0.2.7", "0.0.11"
-MOST_TOKENS = 1400  # more than the longest text of the bounded grammar has bytes
+MOST_TOKENS = 900  # more than the longest text of the bounded grammar has bytes
 TARGETS = {1: 2.0, 16: 8.0}  # ours is to be so many times as fast as the best peer, and all of its texts valid
+WARM_UP_TOKENS = 30
+GRACE_S = 120.0  # after the limit, for the text that a peer writes to its end; then its process is ended
 MASK_TARGET_US = 50.0
 MASK_BATCHES = (1, 10, 50)
 SCHEMA = {
@@ -100,11 +103,13 @@ KINDS = {
     "naive_guide": Kind("naive: guide over generate", our_python),
 }
 BEST = "grammar_walk"  # the one of ours that targets are for
+USUAL = ["grammar_walk", "transformers_cfg", "grammar_guide", "naive_guide"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; 0 if everything was measured."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is shown
     console = Console(stderr=True)
     report: dict[str, Any] = {
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -180,6 +185,8 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "rows": rows,
         "best_peer": best,
         "samples": samples,
+        "limit_s": options.limit,
+        "most_tokens": options.tokens,
         "quiet_cores": QUIET_CORES,
     }
 
@@ -202,15 +209,25 @@ def _rounds(
                 if n > 1 and not KINDS[worker.name].has_batches and options.one_by_one_as_at_1:
                     continue
                 patience.wait_for_quiet()
+                most = options.tokens if number or not options.repeats else min(options.tokens, WARM_UP_TOKENS)
+                workload = Workload(prompt_ids, n, most, options.seed + number, options.limit)
                 try:
-                    reply = worker.run(Workload(prompt_ids, n, options.tokens, options.seed + number))
+                    reply = worker.run(workload, at_most_s=options.limit + GRACE_S)
                 except WorkerFailed as failure:
                     unavailable[worker.name] = f"failed at {n}: {failure}"
                     continue
                 rate = reply["n_tokens"] / reply["total_s"]
-                done = f"{rate:.1f} tokens/s in {reply['total_s']:.0f} s"
+                is_stopped = reply["total_s"] >= options.limit
+                done = f"{rate:.1f} tokens/s in {reply['total_s']:.0f} s{', stopped' if is_stopped else ''}"
                 tell(f"round {number}/{options.repeats}: {KINDS[worker.name].title}, {n} at once: {done}")
-                yield {"peer": worker.name, "n": n, "round": number, "tokens_per_s": rate, "reply": reply}
+                yield {
+                    "peer": worker.name,
+                    "n": n,
+                    "round": number,
+                    "tokens_per_s": rate,
+                    "is_stopped": is_stopped,
+                    "reply": reply,
+                }
 
 
 def _row(name: str, counted: Sequence[dict[str, Any]], numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -230,7 +247,8 @@ def _row(name: str, counted: Sequence[dict[str, Any]], numbers: Sequence[int]) -
             "high": max(rates),
             "n_valid": sum(s["n_valid"] for s in of),
             "n_in_grammar": sum(s["n_in_grammar"] for s in of),
-            "n_texts": sum(len(s["reply"]["texts"]) for s in of),
+            "n_texts": sum(s["n"] for s in of),
+            "n_stopped": sum(s["is_stopped"] for s in of),
             "is_as_at_1": is_as_at_1,
         }
     return row
@@ -247,9 +265,9 @@ def _lines(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             if cell is None:
                 line += ["not measured", "", ""]
                 continue
-            as_at_1 = " as at 1" if cell["is_as_at_1"] else ""
+            how = " as at 1" if cell["is_as_at_1"] else f", {cell['n_stopped']} stopped" if cell["n_stopped"] else ""
             line += [
-                f"{cell['tokens_per_s']:.1f} ({cell['low']:.1f} - {cell['high']:.1f}){as_at_1}",
+                f"{cell['tokens_per_s']:.1f} ({cell['low']:.1f} - {cell['high']:.1f}){how}",
                 f"{cell['n_valid']} of {cell['n_texts']}",
                 f"{cell['n_in_grammar']} of {cell['n_texts']}",
             ]
@@ -282,6 +300,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         versions,
         "grammar-guide and the naive row write one text after another, as they have no more; transformers-cfg writes "
         "all in one static batch; ours are coroutines",
+        f"at most {report['most_tokens']} tokens each; a run is stopped after {report['limit_s']:g} s: of ours only "
+        "finished texts count then, of transformers-cfg all tokens; the others finish the text that they are at",
         *(f"{KINDS[name].title} was not measured: {reason}" for name, reason in report["unavailable"].items()),
         f"command: `{report['command']}`",
     ]
@@ -412,16 +432,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--texts", type=lambda text: [int(n) for n in text.split(",")], default=[1, 16])
     parser.add_argument("--tokens", type=int, default=MOST_TOKENS, help="most of one text")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=40.0, help="seconds after which a run is stopped")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peers", type=_peers, default=list(KINDS), help=",".join(KINDS))
+    parser.add_argument("--peers", type=_peers, default=USUAL, help=f"some of {','.join(KINDS)}")
     parser.add_argument(
         "--one-by-one-as-at-1",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="peers without batches are not asked for several texts; their rate is that of one, and the table says so",
     )
-    parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for a quiet machine")
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for a quiet machine")
     parser.add_argument("--json", type=Path, help="where results go")
     parser.add_argument("--markdown", type=Path, help="where the table goes")
     return parser

@@ -14,7 +14,7 @@ LOOKAHEAD, MAX_CORRECTIONS = 20, 20  # of the published benchmark
 
 # The same language for all: strings of at most so many characters of printable ASCII, without escapes, and white space
 # between the parts. Bounded, so that texts end: a small model goes on with "users.users.users" for ever.
-MOST_IN_A_STRING, MOST_BLANKS = 40, 12
+MOST_IN_A_STRING, MOST_BLANKS = 24, 8
 _CHARACTER, _BLANK = r"[ !#-\[\]-~]", r"[ \t\n]"
 _STRING = f'"{_CHARACTER}{{0,{MOST_IN_A_STRING}}}"'
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,15 @@ class Worker:
             )
         self.ready = self._receive()
 
-    def run(self, workload: Workload) -> dict[str, Any]:
+    def run(self, workload: Workload, *, at_most_s: float | None = None) -> dict[str, Any]:
         """What the worker measured.
 
+        Args:
+            workload: What it is to do.
+            at_most_s: Seconds after which its process is ended.
+
         Raises:
-            WorkerFailed: It raised, or ended.
+            WorkerFailed: It raised, or ended, or was ended.
         """
         assert self._process.stdin is not None
         try:
@@ -71,7 +76,16 @@ class Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
-        return self._receive()
+        if at_most_s is None:
+            return self._receive()
+        timer = threading.Timer(at_most_s, self._process.kill)
+        timer.start()
+        try:
+            return self._receive()
+        except WorkerFailed as failure:
+            raise failure if timer.is_alive() else WorkerFailed(f"no answer within {at_most_s:.0f} s") from failure
+        finally:
+            timer.cancel()
 
     def cpu_s(self) -> float:
         """Processor time used so far by a process that lives."""

@@ -59,12 +59,14 @@ class Workload(NamedTuple):
         n_particles: How many particles.
         n_steps: How many tokens each of them grows; none of them stops earlier.
         seed: Of the draws.
+        limit_s: Seconds after which texts are left as they are, where the peer can; None: never.
     """
 
     prompt_ids: list[int]
     n_particles: int
     n_steps: int
     seed: int
+    limit_s: float | None = None
 
 
 def parse_cells(text: str) -> list[Cell]:

@@ -35,6 +35,8 @@ class GrammarGuide(Peer):
         prompt = self.tokenizer.decode(workload.prompt_ids)
         started, texts, n_failed = time.perf_counter(), [], 0
         for _ in range(workload.n_particles):
+            if workload.limit_s is not None and time.perf_counter() - started > workload.limit_s:
+                break  # a text that was begun is finished
             try:
                 texts.append(self.write(prompt))
             except Exception as error:  # a text that it cannot write is none; the others count

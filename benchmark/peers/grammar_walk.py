@@ -31,7 +31,7 @@ class GrammarWalk(Peer):
 
     async def _run(self, workload: Workload) -> Timing:
         before, started = self.llm.statistics(), time.perf_counter()
-        texts = await asyncio.gather(*(self.write(workload, i) for i in range(workload.n_particles)))
+        texts = await asyncio.gather(*(self._within_limit(workload, i) for i in range(workload.n_particles)))
         total_s, after = time.perf_counter() - started, self.llm.statistics()
         n_tokens = sum(len(self.llm.tokenizer.encode(text)) for text in texts)
         counts = {
@@ -39,6 +39,14 @@ class GrammarWalk(Peer):
             "tokens_computed": after.tokens_computed - before.tokens_computed,
         }
         return Timing(total_s, total_s, n_tokens, None, counts, list(texts))
+
+    async def _within_limit(self, workload: Workload, index: int) -> str:
+        """A text, or "" if it is not finished in time: of ours, what is unfinished does not count."""
+        try:
+            async with asyncio.timeout(workload.limit_s):
+                return await self.write(workload, index)
+        except TimeoutError:
+            return ""
 
     async def write(self, workload: Workload, index: int) -> str:
         outcome = await walk(

@@ -26,18 +26,20 @@ class NaiveGuide(Peer):
     def run(self, workload: Workload) -> Timing:
         torch.manual_seed(workload.seed)
         prompt = self.tokenizer.decode(workload.prompt_ids)
-        started = time.perf_counter()
-        results = [
-            guide(
-                self.continued,
-                self.parser,
-                prompt,
-                max_grammar_corrections=MAX_CORRECTIONS,
-                stop_at="```",
-                save_html=False,
+        started, results = time.perf_counter(), []
+        for _ in range(workload.n_particles):
+            if workload.limit_s is not None and time.perf_counter() - started > workload.limit_s:
+                break  # a text that was begun is finished
+            results.append(
+                guide(
+                    self.continued,
+                    self.parser,
+                    prompt,
+                    max_grammar_corrections=MAX_CORRECTIONS,
+                    stop_at="```",
+                    save_html=False,
+                )
             )
-            for _ in range(workload.n_particles)
-        ]
         total_s = time.perf_counter() - started
         texts = [result.response for result in results]
         corrections = sum(result.num_grammar_corrections for result in results)

@@ -41,6 +41,7 @@ class TransformersCfg(Peer):
                 top_p=TOP_P,
                 top_k=0,
                 max_new_tokens=workload.n_steps,
+                max_time=workload.limit_s,
                 pad_token_id=self.tokenizer.eos_token_id,
                 logits_processor=[GrammarConstrainedLogitsProcessor(self.grammar)],
             )

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import os
 import re
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
+from genlm_backend.backtracking.earley import KIND, Earley
 from genlm_backend.backtracking.lark_constraint import LarkConstraint
-from genlm_backend.errors import BackendUnavailable, GrammarTooComplex, InvalidGrammar
+from genlm_backend.errors import GrammarTooComplex, InvalidGrammar
 from genlm_backend.llm.base import AsyncLM
 from genlm_backend.potentials.base import Constraint
 from genlm_backend.potentials.grammar import Grammar, GrammarVocabulary
-from genlm_backend.potentials.limits import Limits, check_nesting, check_terminals
+from genlm_backend.potentials.limits import Limits, check_nesting, check_templates, check_terminals
 from genlm_backend.tokenization import Token
 
-if TYPE_CHECKING:
-    import lark
-
 SHIPPED = Path(__file__).with_name("grammars")
-_KIND = "Lark grammar"
-_STOPS_KEPT = 4096
 _SKIP_FIRST = '%llguidance {"allow_initial_skip": true}'
 # Terminals of lark's own library that look behind, and what they match without.
 _WITHOUT_LOOK_AROUND = {r'".*?(?<!\\)(\\\\)*?"': r'"(?:[^"\\\n]|\\[^\n])*"'}
@@ -78,15 +75,14 @@ class Parser:
         self.source = source
         self.limits = limits or Limits()
         self.refusal: InvalidGrammar | None = None
-        check_nesting(_KIND, source, self.limits)
-        check_terminals(_KIND, source, self.limits)
-        self._lark = _loaded(source, folder)
+        check_nesting(KIND, source, self.limits)
+        check_terminals(KIND, source, self.limits)
+        check_templates(KIND, source, self.limits)
+        self._earley = Earley(source, folder, self.limits.lark_s)
         # lark skips what is ignored before the first terminal too
         self._for_llguidance = source if "%llguidance" in source else f"{_SKIP_FIRST}\n{source}"
-        self._ignored = set(self._lark.ignore_tokens)
-        self._terminals = {terminal.name: terminal.pattern for terminal in self._lark.terminals}
+        self._terminals = self._earley.terminals
         self._bytes = GrammarVocabulary([Token(i, bytes([i])) for i in range(256)])
-        self._stop = lru_cache(maxsize=_STOPS_KEPT)(self._stop_by_lark)  # the beginnings of a text are asked for often
         self._grammar: Grammar | None = None
         try:
             self._grammar = Grammar.lark(self._bytes, self._for_llguidance, limits=self.limits)
@@ -111,7 +107,7 @@ class Parser:
         """Whether it is a whole text of the grammar."""
         if self._grammar is not None:
             return self._grammar.is_complete(self._grammar.state_of(text.encode()))
-        return self._stop(text) is None
+        return self._earley.read(text).is_whole
 
     def n_viable(self, text: str) -> int:
         """Characters of the longest beginning that some text of the grammar has; unfinished terminals count."""
@@ -143,12 +139,12 @@ class Parser:
 
     def expected(self, text: str) -> Expected:
         """What may come where the text stops being read, or at its end; nothing to add where a valid text must end."""
-        stop = self._stop(text)
-        if stop is None:
-            return Expected(text, [])
-        position, names = stop
-        candidates = {self._candidate(name) for name in names if name not in self._ignored and name in self._terminals}
-        return Expected(text[:position], sorted(candidates, key=lambda candidate: (candidate.is_regex, candidate.text)))
+        reading = self._earley.read(text)
+        names = reading.expected - self._earley.ignored
+        candidates = {self._candidate(name) for name in names if name in self._terminals}
+        return Expected(
+            text[: reading.end], sorted(candidates, key=lambda candidate: (candidate.is_regex, candidate.text))
+        )
 
     def opening(self, candidate: Candidate) -> str:
         """What all texts of an expression begin with, "" if they differ from the start; the whole of a keyword."""
@@ -179,20 +175,8 @@ class Parser:
                     self._bytes, _WITHOUT_LOOK_AROUND.get(pattern, pattern), limits=self.limits
                 )
             except InvalidGrammar as error:
-                raise type(error)(_KIND, f"terminal {name}: {error.data[1]}", str(error.data[2])) from error
+                raise type(error)(KIND, f"terminal {name}: {error.data[1]}", str(error.data[2])) from error
         return matchers
-
-    def _stop_by_lark(self, text: str) -> tuple[int, frozenset[str]] | None:
-        """Where lark stops reading, and the names of the terminals it expects there; None if the text is valid."""
-        import lark
-
-        try:
-            self._lark.parse(text)
-        except lark.UnexpectedCharacters as stop:
-            return stop.pos_in_stream or 0, frozenset(str(getattr(n, "name", n)) for n in stop.allowed or ())
-        except lark.UnexpectedEOF as stop:
-            return len(text), frozenset(str(getattr(name, "name", name)) for name in stop.expected)
-        return None
 
     def _n_viable_by_lark(self, data: bytes) -> int:
         """The furthest that a terminal, begun where one may begin, goes on matching."""
@@ -200,24 +184,32 @@ class Parser:
             text = data.decode()
         except UnicodeDecodeError as error:  # only a terminal can tell whether the rest begins a character of it
             text = data[: error.start].decode()
-        stop = self._stop(text)
-        furthest = 0
-        if stop is None or stop[0] == len(text):
+        with self._earley.clock.running(f"lark takes too long for a text of {len(text):,} characters"):
+            return self._furthest(text, data)
+
+    def _furthest(self, text: str, data: bytes) -> int:
+        reading = self._earley.read(text)
+        begun, furthest = dict(reading.begun), 0
+        if reading.end == len(text):
             furthest = len(text.encode())
+            begun[len(text)] = tuple(reading.expected or self._first_after(text)) if furthest < len(data) else ()
+        for start in sorted(begun, reverse=True):
             if furthest == len(data):
-                return furthest
-        for start in range((len(text) if stop is None else stop[0]) + 1):
-            at = self._stop(text[:start])
-            names = self._first_after(text[:start]) if at is None else at[1] if at[0] == start else frozenset()
-            rest = data[len(text[:start].encode()) :]
-            for name in names:
-                furthest = max(furthest, len(data) - len(rest) + self._n_begun(name, rest))
+                break
+            n_before = len(text[:start].encode())
+            reach = n_before + max((self._n_begun(name, data[n_before:]) for name in begun[start]), default=0)
+            if reach > furthest and self._may_begin(begun[start], text[:start]):
+                furthest = reach
         return furthest
+
+    def _may_begin(self, tried: Sequence[str], before: str) -> bool:
+        """Whether a terminal may come here. Others are tried only where they may; what is ignored, everywhere."""
+        return not self._earley.ignored.issuperset(tried) or self._earley.read(before).is_whole
 
     def _first_after(self, text: str) -> frozenset[str]:
         """What may follow a valid text: lark says so when a character comes that no terminal has."""
-        stop = self._stop(text + "\uffff")
-        return stop[1] if stop is not None and stop[0] == len(text) else frozenset()
+        reading = self._earley.read(text + "\uffff")
+        return reading.expected if reading.end == len(text) else frozenset()
 
     def _n_begun(self, name: str, data: bytes) -> int:
         """How many bytes some text of a terminal begins with."""
@@ -226,6 +218,7 @@ class Parser:
             return 0
         state = terminal.start()
         for n_bytes, byte in enumerate(data):
+            self._earley.clock.tick()
             state = terminal.extend(state, byte)
             if not terminal.is_alive(state):
                 return n_bytes
@@ -244,8 +237,7 @@ def load_parser(
         lark_grammar_str: The grammar; or the path of a file that holds one; or the name of one that is shipped: "json",
             "sql" (SELECT statements of SQLite), "arithmetic", "robot".
         lark_grammar_filepath: The path, if it is not given first.
-        limits: `Limits.untrusted()` for grammars from strangers; they bound loading, and what llguidance does with
-            texts, not what lark does with them.
+        limits: `Limits.untrusted()` for grammars from strangers.
 
     Raises:
         InvalidGrammar: It is none, or neither argument or both are given.
@@ -255,7 +247,7 @@ def load_parser(
         BackendUnavailable: lark or llguidance is not installed.
     """
     if (lark_grammar_str is None) == (lark_grammar_filepath is None):
-        raise InvalidGrammar(_KIND, "got both a text and a path, or neither", "give one of them")
+        raise InvalidGrammar(KIND, "got both a text and a path, or neither", "give one of them")
     if lark_grammar_filepath is not None:
         path = Path(lark_grammar_filepath)
         return Parser(path.read_text(encoding="utf-8"), str(path.parent), limits)
@@ -266,7 +258,7 @@ def load_parser(
     path = shipped if shipped.is_file() else Path(text)
     if not path.is_file():
         names = sorted(file.stem for file in SHIPPED.glob("*.lark"))
-        raise InvalidGrammar(_KIND, f"{text!r} is no grammar, no file, and none of {names}", "give one of these")
+        raise InvalidGrammar(KIND, f"{text!r} is no grammar, no file, and none of {names}", "give one of these")
     return Parser(path.read_text(encoding="utf-8"), str(path.parent), limits)
 
 
@@ -282,17 +274,3 @@ def obtain_correction_pairs(prediction: str, parser: Parser) -> tuple[str, list[
 def escaped(text: str) -> str:
     """An expression that matches a text and nothing else."""
     return re.sub(r"([\\.+*?()|\[\]{}^$#&\-~/])", r"\\\1", text).replace("\n", r"\n").replace("\r", r"\r")
-
-
-def _loaded(source: str, folder: str | None) -> lark.Lark:
-    try:
-        import lark
-    except ImportError as error:
-        raise BackendUnavailable("lark", 'pip install "genlm-backend[grammar]"') from error
-    options: dict[str, Any] = {"import_paths": [folder]} if folder else {}
-    try:
-        return lark.Lark(source, parser="earley", lexer="dynamic", **options)
-    except lark.exceptions.LarkError as error:
-        raise InvalidGrammar(_KIND, str(error).strip(), "correct it") from error
-    except RecursionError:
-        raise GrammarTooComplex(_KIND, "it nests deeper than lark's loader can go", "flatten it") from None

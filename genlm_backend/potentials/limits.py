@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from genlm_backend.errors import GrammarTooComplex
 
@@ -12,11 +15,12 @@ from genlm_backend.errors import GrammarTooComplex
 class Limits:
     """Bounds of compiling a grammar and of each step; beyond them, `GrammarTooComplex`.
 
-    Counts and not seconds, so that a grammar is accepted or refused alike on every machine.
+    Counts and not seconds, so that a grammar is accepted or refused alike on every machine; but seconds for lark, whose
+    work has no one unit.
 
     Attributes:
         source_bytes: Of the grammar's text; of a Lark grammar for lark, also with the terminals that terminals name
-            written out.
+            written out, and of what its templates are given, written out.
         nesting: Brackets within brackets in the text; parsers of grammars recurse, and a stack that overflows ends the
             process.
         compile_fuel: Work on regular expressions before the first token; 1,000,000 take about 20 ms.
@@ -28,6 +32,7 @@ class Limits:
         repetitions: The most that `minItems`, `maxItems`, `minProperties` or `maxProperties` of a schema may say.
         properties: The most of one object of a schema; several objects count by the sum of squares, which is what
             their time grows with.
+        lark_s: Seconds of the processor that lark may take to load a grammar, and for each question about a text.
     """
 
     source_bytes: int = 1_000_000
@@ -40,6 +45,7 @@ class Limits:
     grammar_symbols: int = 60_000
     repetitions: int = 10_000
     properties: int = 2_000
+    lark_s: float = 10.0
 
     @classmethod
     def untrusted(cls) -> Limits:
@@ -52,6 +58,7 @@ class Limits:
             grammar_symbols=20_000,
             repetitions=1_000,
             properties=500,
+            lark_s=0.5,
         )
 
     def of_engine(self) -> dict[str, int | bool]:
@@ -92,7 +99,8 @@ def check_nesting(kind: str, text: str, limits: Limits) -> None:
 
 
 _LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?!/)(?:\\.|[^/\\])+/|//[^\n]*|#[^\n]*', re.DOTALL)
-_TERMINAL = re.compile(r"^[ \t]*(?:%\w+[ \t]+)?([?!]?\w+)[^\n:|]*:", re.MULTILINE)
+_HEAD = re.compile(r"^[ \t]*(?:%\w+[ \t]+)?([?!]*)(\w+)([^\n:|]*):", re.MULTILINE)
+_BRACE = re.compile(r"(\w+)\{|\}")
 _NAME = re.compile(r"_?[A-Z][A-Z_0-9]*")
 
 
@@ -102,10 +110,7 @@ def check_terminals(kind: str, text: str, limits: Limits) -> None:
     Raises:
         GrammarTooComplex: They are.
     """
-    plain = _LITERAL.sub(lambda found: "'" * len(found[0]), text)
-    starts = [*_TERMINAL.finditer(plain)]
-    ends = [*(found.start() for found in starts[1:]), len(plain)]
-    bodies = {found[1]: plain[found.end() : end] for found, end in zip(starts, ends, strict=True)}
+    bodies = {head.name: body for head, body in _definitions(text)}
     named = {name: _NAME.findall(body) for name, body in bodies.items() if _NAME.fullmatch(name)}
     lengths: dict[str, int] = {}
     pending = [(name, False) for name in named]
@@ -122,3 +127,67 @@ def check_terminals(kind: str, text: str, limits: Limits) -> None:
     if in_all > limits.source_bytes:
         what = f"its terminals, written out, have {in_all:,} characters, more than {limits.source_bytes:,}"
         raise GrammarTooComplex(kind, what, "let rules name terminals instead, or raise `limits`")
+
+
+def check_templates(kind: str, text: str, limits: Limits) -> None:
+    """Refuse a Lark grammar whose templates give ever longer arguments to templates; lark names rules by them.
+
+    Raises:
+        GrammarTooComplex: They are too long, or grow for ever.
+    """
+    used_in: dict[str, list[_Usage]] = defaultdict(list)
+    lengths: dict[str, int] = {}  # of the longest argument of a template
+    for head, body in _definitions(text):
+        for usage in _usages(body):
+            if head.is_template:
+                used_in[head.name].append(usage)
+            else:
+                lengths[usage.name] = max(lengths.get(usage.name, 0), usage.length)
+    pending, n_looked_at = deque(lengths), 0
+    while pending:
+        name = pending.popleft()
+        for usage in used_in[name]:
+            n_looked_at += 1
+            length = usage.length * lengths[name] if usage.is_nested else max(usage.length, lengths[name])
+            if length > limits.source_bytes or n_looked_at > limits.source_bytes:
+                what = f"what its templates are given, written out, has more than {limits.source_bytes:,} characters"
+                raise GrammarTooComplex(kind, what, "give templates names of rules, or raise `limits`")
+            if length > lengths.get(usage.name, 0):
+                lengths[usage.name] = length
+                pending.append(usage.name)
+
+
+class _Head(NamedTuple):
+    name: str
+    is_template: bool
+
+
+class _Usage(NamedTuple):
+    """A template with arguments: how many characters, and whether another template is among them."""
+
+    name: str
+    length: int
+    is_nested: bool
+
+
+def _definitions(text: str) -> Iterator[tuple[_Head, str]]:
+    """Rules and terminals of a Lark grammar, with what they are; literals and comments are blotted out."""
+    plain = _LITERAL.sub(lambda found: "'" * len(found[0]), text)
+    starts = [*_HEAD.finditer(plain)]
+    ends = [*(found.start() for found in starts[1:]), len(plain)]
+    for found, end in zip(starts, ends, strict=True):
+        yield _Head(found[2], "{" in found[3]), plain[found.end() : end]
+
+
+def _usages(body: str) -> Iterator[_Usage]:
+    opened: list[tuple[str, int]] = []
+    n_closed: list[int] = []  # of those within each that is open
+    for brace in _BRACE.finditer(body):
+        if brace[1]:
+            opened.append((brace[1], brace.end()))
+            n_closed.append(0)
+        elif opened:
+            name, start = opened.pop()
+            yield _Usage(name, brace.start() - start + 1, n_closed.pop() > 0)
+            if n_closed:
+                n_closed[-1] += 1

@@ -174,6 +174,101 @@ def test_hostile_grammars_are_refused_or_loaded_cheaply() -> None:
         assert mebibytes <= 200, f"{name}: {what} with {mebibytes:.0f} MiB"
 
 
+# What only lark reads, because of a priority or a template, with a text that hurts; and what hurts lark while it loads.
+ONLY_LARK = {
+    "ambiguous": ('start: e\ne.2: e e | e e e | "a"\n', "a" * 300),
+    "very ambiguous": ('start: e\ne.2: e e | e e e | e e e e | e? e? | "a" | "a" "a"\n', "a" * 300),
+    "cycle": ('start.2: a\na: b | "x"\nb: a | a b\n', "x" * 100),
+    "nested stars": ('start.2: (("a"*)*)*\n', "a" * 200),
+    "palindromes": ('start: p\np.2: "a" p "a" | "b" p "b" | "a" | "b" | \n', "ab" * 200),
+    "right recursion": ('start: r\nr.2: "a" r | \n', "a" * 3000),
+    "expression that backtracks": ("start: (A|B)+\nA.2: /(a|aa)+b/\nB: /a/\n", "a" * 60),
+    "long and unfinished": ("start: (A|B)+\nA.2: /a{1,1000}b/\nB: /a/\n", "a" * 800 + "c"),
+    "empty parts": ('start.2: a0 "x"\n' + "".join(f"a{i}: a{i + 1} a{i + 1}\n" for i in range(30)) + 'a30: ["y"]', "x"),
+    "options": ("start: " + " ".join(f'"{chr(97 + i)}"?' for i in range(26)) + "\n", "abc"),
+    "options of a priority": ("start.2: " + " ".join(f'["{i}"]' for i in range(40)) + "\n", "1"),
+    "alternatives": ("start.2: " + " ".join(f'("{i}"|"a{i}")' for i in range(40)) + "\n", "1"),
+    "chain": ("start.2: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(3000)) + 'a3000: "y"\n', "y"),
+    "template that grows": ('start: f{"a"}\nf{x}: f{g{x}} | x\ng{x}: "(" x ")"\n', "a"),
+    "template that doubles": ('start: f{"a"}\nf{x}: f{g{x,x}} | x\ng{x,y}: x y\n', "a"),
+    "doubling templates": (
+        'start: f0{"a"}\n'
+        + "".join(f"f{i}{{x}}: f{i + 1}{{g{{x,x}}}}\n" for i in range(40))
+        + "f40{x}: x\ng{x,y}: x y\n",
+        "a",
+    ),
+}
+ASK = """
+import json, resource, sys, time
+from genlm_backend.backtracking import load_parser
+from genlm_backend.errors import GrammarTooComplex
+from genlm_backend.potentials import Limits
+from tests.backtracking.test_parser import ONLY_LARK
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+def outcome(grammar, text):
+    try:
+        parser = load_parser(grammar, limits=Limits.untrusted())
+        assert parser.engine == "lark", parser.engine
+        return parser.n_viable(text)
+    except GrammarTooComplex as error:
+        return str(error)
+
+load_parser("arithmetic")
+for name in sys.argv[1:]:
+    before, started = peak(), time.process_time()
+    what = outcome(*ONLY_LARK[name])
+    print(json.dumps([name, what, time.process_time() - started, peak() - before]), flush=True)
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(300)
+def test_what_only_lark_reads_is_refused_or_cheap() -> None:
+    """Loading and one question."""
+    command = [sys.executable, "-c", ASK, *ONLY_LARK]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [line[0] for line in lines] == list(ONLY_LARK), ran.stderr[-2000:]
+    told = {name: what for name, what, _, _ in lines}
+    assert "text of 300 characters" in told["very ambiguous"] and "text of 60" in told["expression that backtracks"]
+    assert "too long to load" in told["options"] and "too long to load" in told["alternatives"]
+    assert all("templates" in told[name] for name in told if "template" in name)
+    assert told["empty parts"] == 1
+    for name, what, seconds, mebibytes in lines:
+        assert seconds <= 2, f"{name}: {what} after {seconds:.1f} s"
+        assert mebibytes <= 200, f"{name}: {what} with {mebibytes:.0f} MiB"
+
+
+def test_templates_that_end_are_not_refused() -> None:
+    """Recursion with the same argument, and templates within templates."""
+    grammar = """
+        start: _list{pair{WORD, tree{WORD}}}
+        _list{x}: _separated{x, ","}
+        _separated{x, separator}: x (separator x)*
+        pair{x, y}: x ":" y
+        tree{x}: x | "(" tree{x} tree{x} ")"
+        WORD: /[a-z]+/
+    """
+    parser = load_parser(grammar, limits=Limits.untrusted())
+    assert parser.engine == "lark"
+    assert parser.is_valid("a:(b(cd)e),f:g") is False and parser.is_valid("a:((bc)(de)),f:g") is False
+    assert parser.is_valid("a:(b(c(de))),f:g") is False and parser.is_viable("a:((b")
+    with pytest.raises(GrammarTooComplex, match="templates"):
+        load_parser('start: f{g{"aaaaaaaaaa"}}\nf{x}: h{g{x}}\nh{x}: x\ng{x}: x\n', limits=Limits(source_bytes=60))
+
+
+def test_what_is_skipped_is_unfinished_only_where_it_may_begin() -> None:
+    grammar = 'start.2: WORD "d"\nWORD: /ab#c/\n%ignore /#[^!]*!/\n'
+    parser = load_parser(grammar)
+    assert parser.engine == "lark"
+    assert parser.n_viable("ab#cxy") == 4, "the # is within a word"
+    assert parser.is_viable("#skipped") and parser.is_viable("ab#c#skip") and parser.is_valid("ab#c#s!d#s!")
+    assert parser.is_viable("ab#cd#sk"), "after the end"
+
+
 def test_limits_are_kept_while_loading() -> None:
     nested = "start: " + "(" * 1500 + '"a"' + ")" * 1500 + "\n"
     with pytest.raises(GrammarTooComplex, match="nest"):
