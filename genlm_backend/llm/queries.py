@@ -189,7 +189,7 @@ def _of_best(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple
         elif isinstance(query, Draw) and query.top_k:
             by_k[query.top_k].append((i, row, query))
     for k, members in by_k.items():
-        token_ids, logprobs = sampling.top_k(_rows(block, [row for _, row, _ in members]), k)
+        token_ids, logprobs = sampling.top_k(_rows(block.logprobs, [row for _, row, _ in members]), k)
         for (i, _, query), of_row, values in zip(members, token_ids.unbind(), logprobs.unbind(), strict=True):
             if isinstance(query, TopK):
                 yield i, TopTokens(of_row, values)
