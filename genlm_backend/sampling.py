@@ -202,16 +202,32 @@ def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         k: 1 to vocab.
 
     Returns:
-        (n, k) int64 token ids and (n, k) float32, on the device of `rows`; on the CPU, of equals the lowest ids come.
+        (n, k) int64 token ids and (n, k) float32, on the device of `rows`; of equals the lowest ids come first.
+
+    Raises:
+        InvalidQuery: The rows are no float matrix, or `k` does not fit them.
     """
+    if rows.ndim != 2 or not rows.is_floating_point() or not 1 <= k <= rows.shape[1]:
+        shape = tuple(rows.shape)
+        raise InvalidQuery(
+            f"top_k was given {rows.dtype} of shape {shape} and k={k!r}; expected float (n, vocab), k <= vocab"
+        )
     if rows.device.type != "cpu":
-        top = rows.float().topk(k)
-        return top.indices, top.values
+        return _top_k_plainly(rows.float(), k)
     from genlm_backend import race
 
     flat, stride = _flat(rows)
     token_ids, values = race.top_rows(flat, stride, *rows.shape, k)
     return torch.from_numpy(token_ids), torch.from_numpy(values)
+
+
+def _top_k_plainly(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    border = rows.topk(k).values[:, -1:]
+    is_border = rows == border
+    is_kept = (rows > border) | (is_border & (is_border.cumsum(1) <= k - (rows > border).sum(1, keepdim=True)))
+    token_ids = is_kept.nonzero()[:, 1].view(len(rows), k)
+    values, order = rows.gather(1, token_ids).sort(dim=1, descending=True, stable=True)
+    return token_ids.gather(1, order), values
 
 
 def draw_with_mass(

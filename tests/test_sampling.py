@@ -669,3 +669,21 @@ def test_the_best_tokens_are_those_of_a_stable_sort(n_tokens):
             assert torch.equal(token_ids, ordered.indices[:, :k]) and torch.equal(values, ordered.values[:, :k])
         alone = torch.cat([sampling.top_k(row[None], k)[0] for row in rows])
         assert torch.equal(alone, token_ids)
+
+
+@pytest.mark.parametrize("k", [1, 3, 50, 300])
+def test_top_k_where_rows_are_not_on_the_cpu_keeps_the_same_tokens(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    rows = torch.randint(-4, 0, (7, 300), generator=generator).float()  # many equals
+    rows[0] = -INF
+    rows[1, 5:] = -INF
+    token_ids, values = sampling._top_k_plainly(rows, k)
+    want_ids, want = sampling.top_k(rows, k)
+    assert token_ids.tolist() == want_ids.tolist()
+    assert values.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("k", [0, -1, 9, 10**6])
+def test_a_k_that_does_not_fit_is_refused(k: int) -> None:
+    with pytest.raises(InvalidQuery, match=f"k={k}"):
+        sampling.top_k(torch.zeros(2, 8), k)

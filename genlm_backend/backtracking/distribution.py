@@ -262,11 +262,11 @@ def _best(scaled: Floats, filters: Filters) -> Ids:
     if filters.top_k is None and filters.min_p is not None:
         found = np.flatnonzero(scaled >= scaled.max() + math.log(filters.min_p))
     elif k < n:
-        found = np.argpartition(-scaled, k - 1)[:k]
+        found = np.flatnonzero(scaled >= np.partition(scaled, n - k)[n - k])  # of equals at the border, the lowest ids
     else:
         found = np.arange(n)
     ordered: Ids = found[np.lexsort((found, -scaled[found]))].astype(np.int64)
-    return ordered
+    return ordered if filters.top_k is None else ordered[:k]
 
 
 def _nucleus(scaled: Floats, top_p: float) -> Ids:

@@ -59,7 +59,7 @@ class Loop:
         self._final_before_end = 0
 
     async def step(self) -> list[Event]:
-        """Draw one token, or go one step back. Cancelled while it waits, it has changed nothing.
+        """Draw one token, or go one step back. Not to be used again once it was cancelled.
 
         Raises:
             GenlmError: As `walk`.

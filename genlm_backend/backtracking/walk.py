@@ -220,7 +220,7 @@ class Walk:
         return self.outcome()
 
     async def advance(self) -> list[Event]:
-        """Draw one token, or go one step back; nothing at the end. Cancelled while it waits, it has changed nothing.
+        """Draw one token, or go one step back; nothing at the end. Not to be used again once it was cancelled.
 
         Raises:
             GenlmError: As `walk`.

@@ -192,7 +192,7 @@ def _of_best(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple
         token_ids, logprobs = sampling.top_k(_rows(block.logprobs, [row for _, row, _ in members]), k)
         for (i, _, query), of_row, values in zip(members, token_ids.unbind(), logprobs.unbind(), strict=True):
             if isinstance(query, TopK):
-                yield i, TopTokens(of_row, values)
+                yield i, TopTokens(of_row.clone(), values.clone())  # an answer that is kept keeps no other
         draws = [(at, query) for at, (_, _, query) in enumerate(members) if isinstance(query, Draw)]
         if draws:
             at = [at for at, _ in draws]

@@ -90,7 +90,11 @@ async def islands(model: Model, n_islands: int, n_particles: int, *, seed: int =
     """
     _check(options)
     seeds = [sampling.draw_key(seed, (i,), 0, "island") for i in range(n_islands)]
-    return await _all([_or_dead(smc(model, n_particles, seed=own, **options)) for own in seeds])
+
+    async def start(own: int) -> Result:
+        return await _or_dead(smc(model, n_particles, seed=own, **options))
+
+    return await _all([start(own) for own in seeds])
 
 
 async def resume_islands(model: Model, saved: Islands, **options: Any) -> Islands:

@@ -41,6 +41,8 @@ class Masks:
         """
         loop = asyncio.get_running_loop()
         asked = _Asked(states, loop.create_future())
+        for closed in [other for other in self._waiting if other.is_closed()]:
+            del self._waiting[closed]  # its futures would keep it
         waiting = self._waiting.setdefault(loop, [])
         if not waiting:
             loop.call_soon(self._answer, loop)
@@ -53,12 +55,19 @@ class Masks:
     def _serve(self, asked: Sequence[_Asked]) -> None:
         try:
             masks = self._together([one.states for one in asked])
-        except Exception as error:  # handed on to the particle whose states cause it
+        except (KeyboardInterrupt, SystemExit) as error:
+            for one in asked:
+                one.answer.set_exception(_as_exception(error))
+            raise
+        except (
+            BaseException
+        ) as error:  # handed on to the particle whose states cause it; a panic of Rust's is no Exception
             if len(asked) == 1:
-                asked[0].answer.set_exception(error)
+                asked[0].answer.set_exception(_as_exception(error))
                 return
             for one in asked:
-                self._serve([one])
+                if not one.answer.done():
+                    self._serve([one])
             return
         for one, mask in zip(asked, masks, strict=True):
             one.answer.set_result(mask)
@@ -72,8 +81,18 @@ class Masks:
     def _rows(self, states: Sequence[Sequence[State]]) -> list[BoolRow]:
         of_constraint = zip(self._constraints, zip(*states, strict=True), strict=True)
         first, *others = [constraint.masks(its_states) for constraint, its_states in of_constraint]
+        first = first.copy()  # it may be the constraint's own
         for other in others:
-            first = first & other
+            first &= other
         first[:, self._ends] = first[:, -1:]
         first.flags.writeable = False
         return [row[:-1] for row in first]
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """What a future takes: not StopIteration, and not what would look as if the particle itself had been stopped."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    wrapped = RuntimeError(f"a constraint raised {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

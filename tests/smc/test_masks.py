@@ -67,6 +67,40 @@ async def test_an_error_reaches_only_the_particle_that_causes_it():
     assert isinstance(bad, ValueError)
 
 
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+@pytest.mark.parametrize("raised", [StopIteration, asyncio.CancelledError, Panic])
+async def test_whatever_is_raised_leaves_nobody_waiting(raised):
+    class Raising(NoRepeat):
+        def masks(self, states):
+            if (2,) in states:
+                raise raised("no")
+            return super().masks(states)
+
+    masks = Masks([Raising()], [])
+    asked = asyncio.gather(*(masks.ask([s]) for s in ((0,), (2,), (1,))), return_exceptions=True)
+    good, bad, fine = await asyncio.wait_for(asked, 5)
+    assert good.tolist() == [False, True, True] and fine.tolist() == [True, False, True]
+    assert isinstance(bad, RuntimeError) and raised.__name__ in str(bad)
+
+
+async def test_a_constraints_own_table_is_not_written_to():
+    class Table(NoRepeat):
+        table = np.array([[True, True, True, False]] * 2)
+
+        def masks(self, states):
+            return self.table[: len(states)]
+
+    rule = Table()
+    masks = Masks([rule], [1])
+    for _ in range(2):
+        assert (await masks.ask([(0,)])).tolist() == [True, False, True]
+    assert rule.table.tolist() == [[True, True, True, False]] * 2
+    assert rule.table.flags.writeable
+
+
 async def test_who_is_cancelled_is_not_asked_about():
     rule = Counted()
     masks = Masks([rule], [])

@@ -67,7 +67,7 @@ class TreeStep:
         self.column_positions = column_positions
         self.layers_seen: list[int] = []
         self._masks: dict[int, torch.Tensor] = {}
-        self._folded: dict[int, torch.Tensor] = {}
+        self._folded: dict[tuple[int, int], torch.Tensor] = {}
 
     def mask(self, mask_function: Callable[..., Any], is_plain: bool, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask (groups, 1, queries, columns) for layers whose own rule is `mask_function`."""
@@ -89,9 +89,9 @@ class TreeStep:
 
     def folded(self, mask: torch.Tensor, n_repeats: int) -> torch.Tensor:
         """A mask of this step for queries of `n_repeats` heads in one: (groups, 1, n_repeats * queries, columns)."""
-        folded = self._folded.get(id(mask))
+        folded = self._folded.get((id(mask), n_repeats))
         if folded is None:
-            folded = self._folded[id(mask)] = mask.repeat(1, 1, n_repeats, 1)
+            folded = self._folded[id(mask), n_repeats] = mask.repeat(1, 1, n_repeats, 1)
         return folded
 
 
