@@ -206,7 +206,8 @@ def _rounds(
             for n in options.texts:
                 if worker.name in unavailable or (number == 0 and n > 1 and len(options.texts) > 1):
                     continue
-                if n > 1 and not KINDS[worker.name].has_batches and options.one_by_one_as_at_1:
+                counts_as_one = options.one_by_one_as_at_1 and 1 in options.texts
+                if n > 1 and not KINDS[worker.name].has_batches and counts_as_one:
                     continue
                 patience.wait_for_quiet()
                 most = options.tokens if number or not options.repeats else min(options.tokens, WARM_UP_TOKENS)
