@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,20 @@ def test_what_only_lark_reads_is_refused_or_cheap() -> None:
     for name, what, seconds, mebibytes in lines:
         assert seconds <= 2, f"{name}: {what} after {seconds:.1f} s"
         assert mebibytes <= 200, f"{name}: {what} with {mebibytes:.0f} MiB"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "grammar",
+    ["start: " + "a" * 99_000 + "\n", "a" * 99_000 + "\n", 'start: "' + '\\"' * 49_000 + "\n", "? " * 49_000 + "\n"],
+    ids=["name", "no rule", "quotes", "marks"],
+)
+def test_long_lines_are_refused_soon(grammar: str) -> None:
+    """Expressions that go back over what they matched take a minute."""
+    started = time.thread_time()
+    with pytest.raises(InvalidGrammar):
+        load_parser(grammar, limits=Limits.untrusted())
+    assert time.thread_time() - started < 2
 
 
 def test_templates_that_end_are_not_refused() -> None:
