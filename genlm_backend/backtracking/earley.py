@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import lark
 
 KIND = "Lark grammar"
-_READINGS_KEPT = 256  # of texts that are asked about again: is it valid, how far, what is expected
+_READINGS_KEPT = 64  # of texts that are asked about again: is it valid, how far, what is expected
 _TICKS = 64  # between looks at the clock
 
 
@@ -35,14 +35,13 @@ class Reading(NamedTuple):
         is_whole: It is a text of the grammar.
         end: Characters up to where reading stopped.
         expected: Names of the terminals expected there, without those that are ignored; none where `is_whole`.
-        begun: Names of the terminals that were tried, by position. Those that are ignored are tried everywhere, also
-            where none may begin.
+        begun: Names of the terminals that rules let begin, by position, up to the end where reading got there.
     """
 
     is_whole: bool
     end: int
     expected: frozenset[str]
-    begun: dict[int, tuple[str, ...]]
+    begun: tuple[tuple[str, ...], ...]
 
 
 class Earley:
@@ -73,6 +72,7 @@ class Earley:
         self._expressions = earley.term_matcher.__self__.regexps
         earley.Set = _ticking(earley.Set, self.clock)
         earley.term_matcher = self._match
+        self._predict, earley.predict_and_complete = earley.predict_and_complete, self._note
         self._now = threading.local()
         self.read = lru_cache(maxsize=_READINGS_KEPT)(self._read)
 
@@ -84,8 +84,8 @@ class Earley:
         """
         import lark
 
-        begun: dict[int, list[str]] = {}
-        self._now.begun = begun
+        begun: list[tuple[str, ...]] = []
+        self._now.begun, self._now.known = begun, {}
         is_whole, end, names = False, len(text), frozenset[str]()
         with self.clock.running(f"lark takes too long for a text of {len(text):,} characters"):
             try:
@@ -95,10 +95,15 @@ class Earley:
                 end, names = stop.pos_in_stream or 0, frozenset(str(getattr(n, "name", n)) for n in stop.allowed or ())
             except lark.UnexpectedEOF as stop:
                 names = frozenset(str(getattr(name, "name", name)) for name in stop.expected)
-        return Reading(is_whole, end, names, {at: tuple(dict.fromkeys(tried)) for at, tried in begun.items()})
+        return Reading(is_whole, end, names, tuple(begun))
+
+    def _note(self, at: int, to_scan: Any, columns: Any, transitives: Any) -> None:
+        """The step of lark at each position, after which `to_scan` has the items whose terminals may begin there."""
+        self._predict(at, to_scan, columns, transitives)
+        names = tuple(dict.fromkeys(item.expect.name for item in to_scan))
+        self._now.begun.append(self._now.known.setdefault(names, names))  # few differ: 8 bytes for a character
 
     def _match(self, terminal: Any, text: str, index: int = 0) -> Any:
-        self._now.begun.setdefault(index, []).append(terminal.name)
         return self._expressions[terminal.name].match(text, index, timeout=self.clock.left_s())
 
 
