@@ -9,6 +9,7 @@ machine does not lengthen.
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ from functools import lru_cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import regex
+
 from genlm_backend.errors import BackendUnavailable, GrammarTooComplex, InvalidGrammar
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 KIND = "Lark grammar"
 _READINGS_KEPT = 64  # of texts that are asked about again: is it valid, how far, what is expected
 _TICKS = 64  # between looks at the clock
+_GIVEN_UP = ("regex timed out",)  # what `regex` says in its TimeoutError
 
 
 class Reading(NamedTuple):
@@ -104,7 +108,13 @@ class Earley:
         self._now.begun.append(self._now.known.setdefault(names, names))  # few differ: 8 bytes for a character
 
     def _match(self, terminal: Any, text: str, index: int = 0) -> Any:
-        return self._expressions[terminal.name].match(text, index, timeout=self.clock.left_s())
+        while True:
+            try:
+                return self._expressions[terminal.name].match(text, index, timeout=self.clock.left_s())
+            except TimeoutError as error:
+                if error.args != _GIVEN_UP:  # from a handler of signals
+                    raise
+                self.clock.look()  # `regex` counts the time of all threads
 
 
 class Clock(threading.local):
@@ -125,7 +135,7 @@ class Clock(threading.local):
         self._is_running, self._end = True, time.thread_time() + self._seconds
         try:
             yield
-        except (_TimeIsUp, TimeoutError):  # the second comes from `regex`
+        except _TimeIsUp:
             hint = "write it without ambiguity, options and templates in each other, or raise `limits`"
             raise GrammarTooComplex(KIND, f"{what}, more than {self._seconds:g} s", hint) from None
         finally:
@@ -182,18 +192,6 @@ def _loaded(source: str, folder: str | None, clock: Clock) -> lark.Lark:
     if folder:
         options["import_paths"] = [folder]
     lark.Lark('start: "a"', **options)  # the first one loads what lark keeps, and takes longer
-    with clock.running("lark takes too long to load it"), _each_call(clock):
-        try:
-            return lark.Lark(source, **options)
-        except lark.exceptions.LarkError as error:
-            raise InvalidGrammar(KIND, str(error).strip(), "correct it") from error
-        except RecursionError:
-            raise GrammarTooComplex(KIND, "it nests deeper than lark's loader can go", "flatten it") from None
-
-
-@contextmanager
-def _each_call(clock: Clock) -> Iterator[None]:
-    """Look at the clock at calls of Python functions that this thread makes within."""
     n_calls = 0
 
     def look(frame: FrameType, event: str, argument: Any) -> None:
@@ -202,9 +200,14 @@ def _each_call(clock: Clock) -> Iterator[None]:
         if n_calls % _TICKS == 0:
             clock.look()
 
-    before = sys.gettrace()
-    sys.settrace(look)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+    with clock.running("lark takes too long to load it"):
+        before = sys.gettrace()
+        sys.settrace(look)  # at calls of Python functions; none lies between the loader's and the end of this
+        try:
+            return lark.Lark(source, **options)
+        except (lark.exceptions.LarkError, regex.error, re.error, OverflowError) as error:
+            raise InvalidGrammar(KIND, str(error).strip(), "correct it") from error
+        except RecursionError:
+            raise GrammarTooComplex(KIND, "it nests deeper than lark's loader can go", "flatten it") from None
+        finally:
+            sys.settrace(before)

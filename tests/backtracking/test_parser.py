@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import regex
 
-from genlm_backend.backtracking import Parser, load_parser, obtain_correction_pairs
+from genlm_backend.backtracking import Parser, earley, load_parser, obtain_correction_pairs
 from genlm_backend.errors import GrammarTooComplex, InvalidGrammar, UnsupportedGrammar
 from genlm_backend.potentials import GrammarVocabulary, Limits
 from genlm_backend.tokenization import Token
@@ -320,6 +322,73 @@ def test_readings_of_long_texts_are_small() -> None:
     """What may begin is kept once for many positions: 10,000 characters take 0.1 MB and not 2."""
     reading = load_parser(PRIORITY)._earley.read("ab" * 500)
     assert len(reading.begun) == 1001 and len({id(names) for names in reading.begun}) == 1
+
+
+class Interrupted:
+    """An expression whose first match ends with an error."""
+
+    def __init__(self, expression: Any, error: Exception) -> None:
+        self._expression = expression
+        self._errors = [error]
+
+    def match(self, *arguments: Any, **options: Any) -> Any:
+        if self._errors:
+            raise self._errors.pop()
+        return self._expression.match(*arguments, **options)
+
+
+def test_time_of_other_threads_and_errors_of_others_are_not_the_grammars() -> None:
+    """A match that `regex` gives up is made again while the thread has time; a signal's TimeoutError passes."""
+    given_up = TimeoutError("not yet raised")
+    try:
+        regex.compile("(a|aa)+b").match("a" * 60, timeout=0.001)
+    except TimeoutError as error:
+        given_up = error
+    parser = load_parser(PRIORITY)
+    known = parser._earley._expressions
+    plain = known["B"]
+    known["B"] = Interrupted(plain, given_up)
+    assert parser.is_valid("abc")
+    known["B"] = Interrupted(plain, TimeoutError("alarm"))
+    with pytest.raises(TimeoutError, match="alarm"):
+        parser.is_valid("cab")
+
+
+def test_a_debuggers_trace_survives_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever time runs out, the last call included."""
+    n_looks, n_allowed = 0, 10**9
+
+    def look(clock: earley.Clock) -> None:
+        nonlocal n_looks
+        n_looks += 1
+        if n_looks >= n_allowed:
+            raise earley._TimeIsUp
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        return None
+
+    monkeypatch.setattr(earley, "_TICKS", 1)
+    monkeypatch.setattr(earley.Clock, "look", look)
+    before = sys.gettrace()
+    try:
+        earley._loaded(PRIORITY, None, earley.Clock(1))
+        n_in_all = n_looks
+        for n_allowed in (1, n_in_all // 2, n_in_all - 1, n_in_all):
+            n_looks = 0
+            sys.settrace(trace)
+            with pytest.raises(GrammarTooComplex):
+                earley._loaded(PRIORITY, None, earley.Clock(1))
+            assert sys.gettrace() is trace, n_allowed
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize(
+    "expression", ["#{expr}", r"\p{Foo}", "[z-a]", "a{99999999999999999999}"], ids=["brace", "class", "range", "count"]
+)
+def test_expressions_that_are_none_are_told_as_errors_of_the_grammar(expression: str) -> None:
+    with pytest.raises(InvalidGrammar):
+        load_parser(f"start: /{expression}/\n")
 
 
 def test_limits_are_kept_while_loading() -> None:
