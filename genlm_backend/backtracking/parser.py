@@ -20,7 +20,7 @@ from genlm_backend.errors import GrammarTooComplex, InvalidGrammar
 from genlm_backend.llm.base import AsyncLM
 from genlm_backend.potentials.base import Constraint
 from genlm_backend.potentials.grammar import Grammar, GrammarVocabulary
-from genlm_backend.potentials.limits import Limits, check_nesting, check_written_out
+from genlm_backend.potentials.limits import Limits, check_for_lark, check_nesting
 from genlm_backend.tokenization import Token
 
 SHIPPED = Path(__file__).with_name("grammars")
@@ -75,7 +75,7 @@ class Parser:
         self.limits = limits or Limits()
         self.refusal: InvalidGrammar | None = None
         check_nesting(KIND, source, self.limits)
-        check_written_out(KIND, source, self.limits)
+        check_for_lark(KIND, source, self.limits)
         self._earley = Earley(source, folder, self.limits.lark_s)
         # lark skips what is ignored before the first terminal too
         self._for_llguidance = source if "%llguidance" in source else f"{_SKIP_FIRST}\n{source}"

@@ -102,16 +102,20 @@ def check_nesting(kind: str, text: str, limits: Limits) -> None:
 _LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*+"?|/(?!/)(?:\\.|[^/\\])++/?|//[^\n]*+|#[^\n]*+', re.DOTALL)
 _HEAD = re.compile(r"^[ \t]*+(?:%\w++[ \t]++)?([?!]*+)(\w++)([^\n:|]*+):", re.MULTILINE)
 _BRACE = re.compile(r"(?<!\w)(\w++)\{|\}")
+_BLANK_LINES = re.compile(r"(?<!\n)(?:\r?\n){501}")
 _NAME = re.compile(r"_?[A-Z][A-Z_0-9]*")
 
 
-def check_written_out(kind: str, text: str, limits: Limits) -> None:
-    """Refuse a Lark grammar that is too long once lark has written it out.
+def check_for_lark(kind: str, text: str, limits: Limits) -> None:
+    """Refuse a Lark grammar that is too long once lark has written it out, or has blank lines without end.
 
     Raises:
         GrammarTooComplex: Its terminals are, with those that they name in their places; or its templates give ever
-            longer arguments to templates, and lark names rules by them.
+            longer arguments to templates, and lark names rules by them; or it has 500 blank lines one after another,
+            over which lark goes back and forth.
     """
+    if _BLANK_LINES.search(text):
+        raise GrammarTooComplex(kind, "it has 500 blank lines in one place", "leave them out")
     definitions = _definitions(text)
     _check_terminals(kind, definitions, limits)
     _check_templates(kind, definitions, limits)
