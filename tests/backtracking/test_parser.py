@@ -258,7 +258,7 @@ def test_what_only_lark_reads_is_refused_or_cheap() -> None:
     ids=["name", "no rule", "quotes", "blank", "blank too"],
 )
 def test_long_lines_are_refused_soon(grammar: str) -> None:
-    """Expressions that go back over what they matched take a minute."""
+    """Expressions that go back over what they matched take time with the square of the length."""
     started = time.thread_time()
     with pytest.raises(InvalidGrammar):
         load_parser(grammar, limits=Limits.untrusted())
