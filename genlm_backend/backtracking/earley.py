@@ -9,6 +9,7 @@ machine does not lengthen.
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -18,14 +19,17 @@ from functools import lru_cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import regex
+
 from genlm_backend.errors import BackendUnavailable, GrammarTooComplex, InvalidGrammar
 
 if TYPE_CHECKING:
     import lark
 
 KIND = "Lark grammar"
-_READINGS_KEPT = 256  # of texts that are asked about again: is it valid, how far, what is expected
+_READINGS_KEPT = 64  # of texts that are asked about again: is it valid, how far, what is expected
 _TICKS = 64  # between looks at the clock
+_GIVEN_UP = ("regex timed out",)  # what `regex` says in its TimeoutError
 
 
 class Reading(NamedTuple):
@@ -35,14 +39,13 @@ class Reading(NamedTuple):
         is_whole: It is a text of the grammar.
         end: Characters up to where reading stopped.
         expected: Names of the terminals expected there, without those that are ignored; none where `is_whole`.
-        begun: Names of the terminals that were tried, by position. Those that are ignored are tried everywhere, also
-            where none may begin.
+        begun: Names of the terminals that rules let begin, by position, up to the end where reading got there.
     """
 
     is_whole: bool
     end: int
     expected: frozenset[str]
-    begun: dict[int, tuple[str, ...]]
+    begun: tuple[tuple[str, ...], ...]
 
 
 class Earley:
@@ -73,6 +76,7 @@ class Earley:
         self._expressions = earley.term_matcher.__self__.regexps
         earley.Set = _ticking(earley.Set, self.clock)
         earley.term_matcher = self._match
+        self._predict, earley.predict_and_complete = earley.predict_and_complete, self._note
         self._now = threading.local()
         self.read = lru_cache(maxsize=_READINGS_KEPT)(self._read)
 
@@ -84,8 +88,8 @@ class Earley:
         """
         import lark
 
-        begun: dict[int, list[str]] = {}
-        self._now.begun = begun
+        begun: list[tuple[str, ...]] = []
+        self._now.begun, self._now.known = begun, {}
         is_whole, end, names = False, len(text), frozenset[str]()
         with self.clock.running(f"lark takes too long for a text of {len(text):,} characters"):
             try:
@@ -95,11 +99,22 @@ class Earley:
                 end, names = stop.pos_in_stream or 0, frozenset(str(getattr(n, "name", n)) for n in stop.allowed or ())
             except lark.UnexpectedEOF as stop:
                 names = frozenset(str(getattr(name, "name", name)) for name in stop.expected)
-        return Reading(is_whole, end, names, {at: tuple(dict.fromkeys(tried)) for at, tried in begun.items()})
+        return Reading(is_whole, end, names, tuple(begun))
+
+    def _note(self, at: int, to_scan: Any, columns: Any, transitives: Any) -> None:
+        """The step of lark at each position, after which `to_scan` has the items whose terminals may begin there."""
+        self._predict(at, to_scan, columns, transitives)
+        names = tuple(dict.fromkeys(item.expect.name for item in to_scan))
+        self._now.begun.append(self._now.known.setdefault(names, names))  # few differ: 8 bytes for a character
 
     def _match(self, terminal: Any, text: str, index: int = 0) -> Any:
-        self._now.begun.setdefault(index, []).append(terminal.name)
-        return self._expressions[terminal.name].match(text, index, timeout=self.clock.left_s())
+        while True:
+            try:
+                return self._expressions[terminal.name].match(text, index, timeout=self.clock.left_s())
+            except TimeoutError as error:
+                if error.args != _GIVEN_UP:  # from a handler of signals
+                    raise
+                self.clock.look()  # `regex` counts the time of all threads
 
 
 class Clock(threading.local):
@@ -120,7 +135,7 @@ class Clock(threading.local):
         self._is_running, self._end = True, time.thread_time() + self._seconds
         try:
             yield
-        except (_TimeIsUp, TimeoutError):  # the second comes from `regex`
+        except _TimeIsUp:
             hint = "write it without ambiguity, options and templates in each other, or raise `limits`"
             raise GrammarTooComplex(KIND, f"{what}, more than {self._seconds:g} s", hint) from None
         finally:
@@ -177,18 +192,6 @@ def _loaded(source: str, folder: str | None, clock: Clock) -> lark.Lark:
     if folder:
         options["import_paths"] = [folder]
     lark.Lark('start: "a"', **options)  # the first one loads what lark keeps, and takes longer
-    with clock.running("lark takes too long to load it"), _each_call(clock):
-        try:
-            return lark.Lark(source, **options)
-        except lark.exceptions.LarkError as error:
-            raise InvalidGrammar(KIND, str(error).strip(), "correct it") from error
-        except RecursionError:
-            raise GrammarTooComplex(KIND, "it nests deeper than lark's loader can go", "flatten it") from None
-
-
-@contextmanager
-def _each_call(clock: Clock) -> Iterator[None]:
-    """Look at the clock at calls of Python functions that this thread makes within."""
     n_calls = 0
 
     def look(frame: FrameType, event: str, argument: Any) -> None:
@@ -197,9 +200,14 @@ def _each_call(clock: Clock) -> Iterator[None]:
         if n_calls % _TICKS == 0:
             clock.look()
 
-    before = sys.gettrace()
-    sys.settrace(look)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+    with clock.running("lark takes too long to load it"):
+        before = sys.gettrace()
+        sys.settrace(look)  # at calls of Python functions; none lies between the loader's and the end of this
+        try:
+            return lark.Lark(source, **options)
+        except (lark.exceptions.LarkError, regex.error, re.error, OverflowError) as error:
+            raise InvalidGrammar(KIND, str(error).strip(), "correct it") from error
+        except RecursionError:
+            raise GrammarTooComplex(KIND, "it nests deeper than lark's loader can go", "flatten it") from None
+        finally:
+            sys.settrace(before)

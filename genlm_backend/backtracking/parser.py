@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from genlm_backend.errors import GrammarTooComplex, InvalidGrammar
 from genlm_backend.llm.base import AsyncLM
 from genlm_backend.potentials.base import Constraint
 from genlm_backend.potentials.grammar import Grammar, GrammarVocabulary
-from genlm_backend.potentials.limits import Limits, check_nesting, check_templates, check_terminals
+from genlm_backend.potentials.limits import Limits, check_for_lark, check_nesting
 from genlm_backend.tokenization import Token
 
 SHIPPED = Path(__file__).with_name("grammars")
@@ -76,8 +75,7 @@ class Parser:
         self.limits = limits or Limits()
         self.refusal: InvalidGrammar | None = None
         check_nesting(KIND, source, self.limits)
-        check_terminals(KIND, source, self.limits)
-        check_templates(KIND, source, self.limits)
+        check_for_lark(KIND, source, self.limits)
         self._earley = Earley(source, folder, self.limits.lark_s)
         # lark skips what is ignored before the first terminal too
         self._for_llguidance = source if "%llguidance" in source else f"{_SKIP_FIRST}\n{source}"
@@ -134,7 +132,7 @@ class Parser:
     def may_go_on(self, text: str) -> bool:
         """Whether anything may follow a valid text, white space included."""
         if self._grammar is None:
-            return bool(self._first_after(text))
+            return self._may_go_on_by_lark(text)
         return bool(self._grammar.mask(self._grammar.state_of(text.encode()))[:-1].any())
 
     def expected(self, text: str) -> Expected:
@@ -189,27 +187,32 @@ class Parser:
 
     def _furthest(self, text: str, data: bytes) -> int:
         reading = self._earley.read(text)
-        begun, furthest = dict(reading.begun), 0
-        if reading.end == len(text):
-            furthest = len(text.encode())
-            begun[len(text)] = tuple(reading.expected or self._first_after(text)) if furthest < len(data) else ()
-        for start in sorted(begun, reverse=True):
+        furthest = len(text.encode()) if reading.end == len(text) else 0
+        for start, names in reversed([*enumerate(reading.begun)]):
             if furthest == len(data):
                 break
             n_before = len(text[:start].encode())
-            reach = n_before + max((self._n_begun(name, data[n_before:]) for name in begun[start]), default=0)
-            if reach > furthest and self._may_begin(begun[start], text[:start]):
-                furthest = reach
+            for name in {*names, *self._earley.ignored}:
+                reach = n_before + self._n_begun(name, data[n_before:])
+                # what is ignored may come where a terminal may, and at the end
+                if reach > furthest and (names or self._earley.read(text[:start]).is_whole):
+                    furthest = reach
         return furthest
 
-    def _may_begin(self, tried: Sequence[str], before: str) -> bool:
-        """Whether a terminal may come here. Others are tried only where they may; what is ignored, everywhere."""
-        return not self._earley.ignored.issuperset(tried) or self._earley.read(before).is_whole
-
-    def _first_after(self, text: str) -> frozenset[str]:
-        """What may follow a valid text: lark says so when a character comes that no terminal has."""
-        reading = self._earley.read(text + "\uffff")
-        return reading.expected if reading.end == len(text) else frozenset()
+    def _may_go_on_by_lark(self, text: str) -> bool:
+        """Whether a terminal may begin at the end, or goes on there: after any valid text, what is ignored does."""
+        if self._earley.ignored:
+            return True
+        data = text.encode()
+        with self._earley.clock.running(f"lark takes too long for a text of {len(text):,} characters"):
+            for start, names in reversed([*enumerate(self._earley.read(text).begun)]):
+                rest = data[len(text[:start].encode()) :]
+                for name in names:
+                    if self._n_begun(name, rest) == len(rest):
+                        terminal = self._matchers[name]
+                        if terminal.mask(terminal.state_of(rest))[:-1].any():
+                            return True
+        return False
 
     def _n_begun(self, name: str, data: bytes) -> int:
         """How many bytes some text of a terminal begins with."""

@@ -98,19 +98,31 @@ def check_nesting(kind: str, text: str, limits: Limits) -> None:
         )
 
 
-_LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?!/)(?:\\.|[^/\\])+/|//[^\n]*|#[^\n]*', re.DOTALL)
-_HEAD = re.compile(r"^[ \t]*(?:%\w+[ \t]+)?([?!]*)(\w+)([^\n:|]*):", re.MULTILINE)
-_BRACE = re.compile(r"(\w+)\{|\}")
+# None of them goes back over what it has matched, so that their time grows with the text; a literal may lack its end.
+_LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*+"?|/(?!/)(?:\\.|[^/\\])++/?|//[^\n]*+|#[^\n]*+', re.DOTALL)
+_HEAD = re.compile(r"^[ \t]*+(?:%\w++[ \t]++)?([?!]*+)(\w++)([^\n:|]*+):", re.MULTILINE)
+_BRACE = re.compile(r"(?<!\w)(\w++)\{|\}")
+_BLANK_LINES = re.compile(r"(?<!\n)(?:\r?\n){501}")
 _NAME = re.compile(r"_?[A-Z][A-Z_0-9]*")
 
 
-def check_terminals(kind: str, text: str, limits: Limits) -> None:
-    """Refuse a Lark grammar whose terminals are too long once those that they name are written out, as lark does.
+def check_for_lark(kind: str, text: str, limits: Limits) -> None:
+    """Refuse a Lark grammar that is too long once lark has written it out, or has blank lines without end.
 
     Raises:
-        GrammarTooComplex: They are.
+        GrammarTooComplex: Its terminals are, with those that they name in their places; or its templates give ever
+            longer arguments to templates, and lark names rules by them; or it has 500 blank lines one after another,
+            over which lark goes back and forth.
     """
-    bodies = {head.name: body for head, body in _definitions(text)}
+    if _BLANK_LINES.search(text):
+        raise GrammarTooComplex(kind, "it has 500 blank lines in one place", "leave them out")
+    definitions = _definitions(text)
+    _check_terminals(kind, definitions, limits)
+    _check_templates(kind, definitions, limits)
+
+
+def _check_terminals(kind: str, definitions: list[_Definition], limits: Limits) -> None:
+    bodies = {definition.name: definition.body for definition in definitions}
     named = {name: _NAME.findall(body) for name, body in bodies.items() if _NAME.fullmatch(name)}
     lengths: dict[str, int] = {}
     pending = [(name, False) for name in named]
@@ -129,18 +141,13 @@ def check_terminals(kind: str, text: str, limits: Limits) -> None:
         raise GrammarTooComplex(kind, what, "let rules name terminals instead, or raise `limits`")
 
 
-def check_templates(kind: str, text: str, limits: Limits) -> None:
-    """Refuse a Lark grammar whose templates give ever longer arguments to templates; lark names rules by them.
-
-    Raises:
-        GrammarTooComplex: They are too long, or grow for ever.
-    """
+def _check_templates(kind: str, definitions: list[_Definition], limits: Limits) -> None:
     used_in: dict[str, list[_Usage]] = defaultdict(list)
     lengths: dict[str, int] = {}  # of the longest argument of a template
-    for head, body in _definitions(text):
-        for usage in _usages(body):
-            if head.is_template:
-                used_in[head.name].append(usage)
+    for definition in definitions:
+        for usage in _usages(definition.body):
+            if definition.is_template:
+                used_in[definition.name].append(usage)
             else:
                 lengths[usage.name] = max(lengths.get(usage.name, 0), usage.length)
     pending, n_looked_at = deque(lengths), 0
@@ -157,9 +164,12 @@ def check_templates(kind: str, text: str, limits: Limits) -> None:
                 pending.append(usage.name)
 
 
-class _Head(NamedTuple):
+class _Definition(NamedTuple):
+    """Of a rule or terminal."""
+
     name: str
     is_template: bool
+    body: str
 
 
 class _Usage(NamedTuple):
@@ -170,13 +180,15 @@ class _Usage(NamedTuple):
     is_nested: bool
 
 
-def _definitions(text: str) -> Iterator[tuple[_Head, str]]:
+def _definitions(text: str) -> list[_Definition]:
     """Rules and terminals of a Lark grammar, with what they are; literals and comments are blotted out."""
     plain = _LITERAL.sub(lambda found: "'" * len(found[0]), text)
     starts = [*_HEAD.finditer(plain)]
     ends = [*(found.start() for found in starts[1:]), len(plain)]
-    for found, end in zip(starts, ends, strict=True):
-        yield _Head(found[2], "{" in found[3]), plain[found.end() : end]
+    return [
+        _Definition(found[2], "{" in found[3], plain[found.end() : end])
+        for found, end in zip(starts, ends, strict=False)  # no end without a start
+    ]
 
 
 def _usages(body: str) -> Iterator[_Usage]:

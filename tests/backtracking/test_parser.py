@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import regex
 
-from genlm_backend.backtracking import Parser, load_parser, obtain_correction_pairs
+from genlm_backend.backtracking import Parser, earley, load_parser, obtain_correction_pairs
 from genlm_backend.errors import GrammarTooComplex, InvalidGrammar, UnsupportedGrammar
 from genlm_backend.potentials import GrammarVocabulary, Limits
 from genlm_backend.tokenization import Token
@@ -242,6 +245,26 @@ def test_what_only_lark_reads_is_refused_or_cheap() -> None:
         assert mebibytes <= 200, f"{name}: {what} with {mebibytes:.0f} MiB"
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "start: " + "a" * 99_000 + "\n",
+        "a" * 99_000 + "\n",
+        'start: "' + '\\"' * 49_000 + "\n",
+        'start: "a"\n' + "\n" * 98_000,
+        'start: "a"\n' + "\r\n" * 49_000,
+    ],
+    ids=["name", "no rule", "quotes", "blank", "blank too"],
+)
+def test_long_lines_are_refused_soon(grammar: str) -> None:
+    """Expressions that go back over what they matched take time with the square of the length."""
+    started = time.thread_time()
+    with pytest.raises(InvalidGrammar):
+        load_parser(grammar, limits=Limits.untrusted())
+    assert time.thread_time() - started < 2
+
+
 def test_templates_that_end_are_not_refused() -> None:
     """Recursion with the same argument, and templates within templates."""
     grammar = """
@@ -267,6 +290,117 @@ def test_what_is_skipped_is_unfinished_only_where_it_may_begin() -> None:
     assert parser.n_viable("ab#cxy") == 4, "the # is within a word"
     assert parser.is_viable("#skipped") and parser.is_viable("ab#c#skip") and parser.is_valid("ab#c#s!d#s!")
     assert parser.is_viable("ab#cd#sk"), "after the end"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text", "goes_on"),
+    [
+        ('start: "a" REST?\nREST.2: /.+/\n', "a", True),
+        ('start: "a" REST?\nREST.2: /.+/\n', "a\uffff", True),
+        ("start: A\nA.2: /a{1,3}/\n", "aa", True),
+        ("start: A\nA.2: /a{1,3}/\n", "aaa", False),
+        ('start: x{"a"}\nx{y}: y\n%ignore "é"\n', "a", True),
+        ('start: x{"a"}\nx{y}: y\n', "a", False),
+    ],
+)
+def test_what_may_follow_a_whole_text_on_lark(grammar: str, text: str, goes_on: bool) -> None:
+    parser = load_parser(grammar)
+    assert parser.engine == "lark" and parser.is_valid(text)
+    assert parser.may_go_on(text) == goes_on
+    follows = any(parser.n_viable_bytes(text.encode() + bytes([byte])) > len(text.encode()) for byte in range(256))
+    assert follows == goes_on
+
+
+def test_bytes_within_a_character_are_viable_where_a_terminal_or_what_is_ignored_may_begin() -> None:
+    half = "aé".encode()[:2]
+    assert load_parser('start: "a" REST?\nREST.2: /.+/\n').n_viable_bytes(half) == 2
+    assert load_parser('start: x{"a"}\nx{y}: y\n%ignore "é"\n').n_viable_bytes(half) == 2
+    assert load_parser('start: x{"a"} "b"?\nx{y}: y\n').n_viable_bytes(half) == 1
+
+
+def test_a_terminal_that_is_also_ignored_is_unfinished_where_rules_have_it() -> None:
+    parser = load_parser('start: x{"a"} WS "b"\nx{y}: y\nWS: /   /\n%ignore WS\n')
+    assert parser.engine == "lark" and parser.is_valid("a   b")
+    assert [parser.n_viable(text) for text in ("a ", "a  ", "a  b", "a    b")] == [2, 3, 3, 5]
+
+
+def test_readings_of_long_texts_are_small() -> None:
+    """What may begin is kept once for many positions: 10,000 characters take 0.1 MB and not 2."""
+    reading = load_parser(PRIORITY)._earley.read("ab" * 500)
+    assert len(reading.begun) == 1001 and len({id(names) for names in reading.begun}) == 1
+
+
+class Interrupted:
+    """An expression whose first match ends with an error."""
+
+    def __init__(self, expression: Any, error: Exception) -> None:
+        self._expression = expression
+        self._errors = [error]
+
+    def match(self, *arguments: Any, **options: Any) -> Any:
+        if self._errors:
+            raise self._errors.pop()
+        return self._expression.match(*arguments, **options)
+
+
+def test_time_of_other_threads_and_errors_of_others_are_not_the_grammars() -> None:
+    """A match that `regex` gives up is made again while the thread has time; a signal's TimeoutError passes."""
+    given_up = TimeoutError("not yet raised")
+    try:
+        regex.compile("(a|aa)+b").match("a" * 60, timeout=0.001)
+    except TimeoutError as error:
+        given_up = error
+    parser = load_parser(PRIORITY)
+    known = parser._earley._expressions
+    plain = known["B"]
+    known["B"] = Interrupted(plain, given_up)
+    assert parser.is_valid("abc")
+    known["B"] = Interrupted(plain, TimeoutError("alarm"))
+    with pytest.raises(TimeoutError, match="alarm"):
+        parser.is_valid("cab")
+
+
+def test_a_debuggers_trace_survives_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever time runs out, the last call included."""
+    n_looks, n_allowed = 0, 10**9
+
+    def look(clock: earley.Clock) -> None:
+        nonlocal n_looks
+        n_looks += 1
+        if n_looks >= n_allowed:
+            raise earley._TimeIsUp
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        return None
+
+    monkeypatch.setattr(earley, "_TICKS", 1)
+    monkeypatch.setattr(earley.Clock, "look", look)
+    before = sys.gettrace()
+    try:
+        kept = []  # what was raised, and so the frames of it
+        for _ in range(2):  # the first time makes more calls
+            n_looks = 0
+            earley._loaded(PRIORITY, None, earley.Clock(1))
+        n_in_all = n_looks
+        for n_allowed in (1, n_in_all // 2, *range(n_in_all - 6, n_in_all + 1)):
+            n_looks = 0
+            sys.settrace(trace)
+            try:
+                earley._loaded(PRIORITY, None, earley.Clock(1))
+            except GrammarTooComplex as error:
+                kept.append(error)
+            assert sys.gettrace() is trace, n_allowed
+        assert len(kept) >= 3
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize(
+    "expression", ["#{expr}", r"\p{Foo}", "[z-a]", "a{99999999999999999999}"], ids=["brace", "class", "range", "count"]
+)
+def test_expressions_that_are_none_are_told_as_errors_of_the_grammar(expression: str) -> None:
+    with pytest.raises(InvalidGrammar):
+        load_parser(f"start: /{expression}/\n")
 
 
 def test_limits_are_kept_while_loading() -> None:
