@@ -101,9 +101,9 @@ class Earley:
                 names = frozenset(str(getattr(name, "name", name)) for name in stop.expected)
         return Reading(is_whole, end, names, tuple(begun))
 
-    def _note(self, at: int, to_scan: Any, columns: Any, transitives: Any) -> None:
+    def _note(self, at: int, to_scan: Any, *others: Any) -> None:  # lark 1.3 has one more than 1.2
         """The step of lark at each position, after which `to_scan` has the items whose terminals may begin there."""
-        self._predict(at, to_scan, columns, transitives)
+        self._predict(at, to_scan, *others)
         names = tuple(dict.fromkeys(item.expect.name for item in to_scan))
         self._now.begun.append(self._now.known.setdefault(names, names))  # few differ: 8 bytes for a character
 
