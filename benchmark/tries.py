@@ -23,11 +23,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+if TYPE_CHECKING:
+    from benchmark.workers import Patience
 
 BATCH = 32
 N_ENTRIES = 150_000
@@ -97,6 +100,7 @@ class Worker:
                 text=True,
                 cwd=ROOT,
                 env=os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {}),
+                start_new_session=True,  # Ctrl-C is for the one that asks
             )
 
     def ask(self, **question: Any) -> Any:
@@ -109,8 +113,10 @@ class Worker:
             raise SystemExit(f"the process of {self._process.args!r} ended; see its log in .cache/benchmark")
         return json.loads(answer)
 
-    def close(self) -> None:
+    def close(self, at_once: bool = False) -> None:
         """End the process."""
+        if at_once:
+            self._process.kill()
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.stdout.close()
@@ -277,6 +283,7 @@ def measure(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[st
     workers = {"ours": Worker("ours", Path(sys.executable)), "genlm": Worker("genlm", genlm_python(tell))}
     ready = {package: worker.ask(method="start") for package, worker in workers.items()}
     tables = {}
+    is_measured = is_interrupted = False
     for title, words in vocabularies.items():
         tell(f"building tries of {title}")
         encoded = [base64.b64encode(word).decode() for word in words]
@@ -285,26 +292,44 @@ def measure(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[st
         tell(f"{title}: comparing every node")
         errors = compare(workers)
         seconds: dict[str, dict[str, list[float]]] = {task.name: {package: [] for package in workers} for task in TASKS}
-        for turn in range(options.rounds + 1):
-            tell(f"{title}: round {turn} of {options.rounds}")
-            for task in TASKS:
-                patience.wait_for_quiet()
-                for package, worker in workers.items():
-                    if package == "ours" or task.peer is not None:
-                        answer = worker.ask(method="run", name=task.name, repeats=task.repeats)
-                        if turn:
-                            seconds[task.name][package] += answer
         n_nodes = tries["ours"]["n_nodes"]
         tables[title] = {"n_tokens": len(words), "n_nodes": n_nodes, "seconds": seconds, "largest_errors": errors}
+        try:
+            for turn in range(options.rounds + 1):
+                tell(f"{title}: round {turn} of {options.rounds}")
+                _take_turns(workers, seconds if turn else None, patience)
+                is_measured = is_measured or bool(turn)
+        except KeyboardInterrupt:  # the rounds that were done are told
+            if not is_measured:
+                for worker in workers.values():
+                    worker.close(at_once=True)
+                raise
+            is_interrupted = True
+            tell("interrupted")
+            break
     for worker in workers.values():
-        worker.close()
+        worker.close(at_once=is_interrupted)
     return {
         "commit": commit(),
         "machine": describe_machine(),
         "packages": ready,
         "ours_first_use_without_cache_s": cold_s,
+        "is_interrupted": is_interrupted,
         "vocabularies": tables,
     }
+
+
+def _take_turns(
+    workers: dict[str, Worker], seconds: dict[str, dict[str, list[float]]] | None, patience: Patience
+) -> None:
+    """One round of every task; without `seconds` to put the times into, a warm-up."""
+    for task in TASKS:
+        patience.wait_for_quiet()
+        for package, worker in workers.items():
+            if package == "ours" or task.peer is not None:
+                answer = worker.ask(method="run", name=task.name, repeats=task.repeats)
+                if seconds is not None:
+                    seconds[task.name][package] += answer
 
 
 def compare(workers: dict[str, Worker]) -> dict[str, dict[str, float]]:
@@ -439,6 +464,8 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
             yield f"{title}, largest relative error of {package}: " + ", ".join(
                 f"{name} {error:.1e}" for name, error in errors.items()
             )
+    if report["is_interrupted"]:
+        yield "interrupted before all rounds were done: the medians are of fewer"
     changed = " with changes" if report["commit"]["has_changes"] else ""
     yield f"{machine_line(report['machine'])}; 2 threads; commit {report['commit']['id'][:12]}{changed}"
     yield (
