@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import importlib.metadata
 import json
 import os
 import statistics
@@ -146,6 +145,8 @@ class _Measured:
 
     def start(self) -> dict[str, Any]:
         """Import; then the first trie and the first sums, compiled or read from the cache."""
+        from benchmark.worker import installed_version
+
         started = time.perf_counter()
         if self.package == "ours":
             import genlm_backend
@@ -155,7 +156,7 @@ class _Measured:
         else:
             from genlm.backend import tokenization, trie
 
-            version = importlib.metadata.version("genlm-backend")
+            version = installed_version("genlm-backend")
         self.trie, self.tokenization = trie, tokenization
         import_s = time.perf_counter() - started
         started = time.perf_counter()
