@@ -100,7 +100,7 @@ class Worker:
             pass
         try:
             self._process.wait(10)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: what was measured is told all the same
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
