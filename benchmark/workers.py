@@ -100,7 +100,7 @@ class Worker:
             pass
         try:
             self._process.wait(10)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: what was measured is told all the same
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # the second Ctrl-C loses nothing
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
