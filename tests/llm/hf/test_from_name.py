@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import T5Config
+from transformers import AutoModelForCausalLM, T5Config
 
 from genlm_backend.errors import ModelNotFound, RemoteCodeRefused, UnsafeWeights, UnsupportedModel
 from genlm_backend.llm import AsyncTransformer, load_model_by_name
-from genlm_backend.llm.hf.linear import PackedLinear, gains, pack_linears
+from genlm_backend.llm.hf.linear import HalfLinear, PackedLinear, gains, pack_linears
 from genlm_backend.llm.hf.self_test import difference
 from tests.llm.hf.walks import TINY_NATS, plain_row, random_ids, small
 
@@ -118,6 +118,27 @@ async def test_a_model_of_our_own_is_faster_and_still_the_same_model(
 
 
 @pytest.mark.thorough
+@pytest.mark.thorough
+@pytest.mark.skipif(
+    not gains(torch.empty(1, 1)) or torch.backends.quantized.engine not in ("x86", "fbgemm"),
+    reason="float32 layers do not read from 16 bits on this CPU",
+)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+async def test_a_checkpoint_of_16_bits_in_float32_is_read_from_16_bits_and_loses_nothing(
+    folder: Path, stored: torch.dtype
+) -> None:
+    small("llama", stored).save_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    async with AsyncTransformer.from_name(str(folder), hf_opts={"dtype": torch.float32}, device="cpu") as llm:
+        packed = [module for module in llm.model.modules() if isinstance(module, PackedLinear)]
+        assert len(packed) == sum(type(module) is torch.nn.Linear for module in plain.modules())
+        assert all(isinstance(module, HalfLinear) for module in packed)
+        assert llm.path == "packed"
+        for n in (1, 5, 12):
+            row = await llm.next_token_logprobs(PROMPT[:n])
+            assert difference(row[None], plain_row(plain, PROMPT[:n])[None]).nats <= TINY_NATS
+
+
 async def test_a_model_of_our_own_that_cannot_be_packed_gets_its_layers_back(folder: Path) -> None:
     small("bloom", torch.bfloat16).save_pretrained(folder)
     with pytest.warns(UserWarning, match="0 of 4 layers"):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from genlm_backend.llm.hf import layout, packed
+from genlm_backend.llm.hf import attention, layout, packed, self_test
 from genlm_backend.llm.hf.layout import Layout
 from genlm_backend.llm.hf.plan import View
+from genlm_backend.llm.hf.uncached import UncachedEngine
 from genlm_backend.llm.service import Context
 from tests import architectures
 from tests.llm.hf.walks import CHANGES, TINY_NATS, Walk, check_books, contexts_of, packed_engine, random_ids, small
@@ -41,6 +42,39 @@ def test_packed_equals_plain_with_evictions_segments_and_split_plans(name: str) 
     assert counts.evictions > 0
     assert counts.forwards > 2 * n_batches
     assert counts.kv_tokens <= 30
+
+
+@pytest.mark.parametrize(("name", "shares_keys"), [("llama", True), ("mistral", True), ("gpt2", False)])
+def test_heads_that_share_keys_are_folded_for_few_queries_only(
+    name: str, shares_keys: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are the plain ones on both sides of the limit; who folds where, is told by the masks that are made."""
+    model = small(name)
+    folded: list[int] = []
+    plain_folded = attention.TreeStep.folded
+
+    def noted(step: attention.TreeStep, mask: torch.Tensor, n_repeats: int) -> torch.Tensor:
+        folded.append(n_repeats)
+        return plain_folded(step, mask, n_repeats)
+
+    monkeypatch.setattr(attention.TreeStep, "folded", noted)
+    for n, is_few in ((attention.FOLDED_QUERIES, True), (attention.FOLDED_QUERIES + 1, False)):
+        folded.clear()
+        engine = packed_engine(model)
+        ids = random_ids(random.Random(n), n)
+        apart = self_test.difference(
+            engine.evaluate(contexts_of(ids)), UncachedEngine(model).evaluate(contexts_of(ids))
+        )
+        assert apart.nats <= TINY_NATS
+        assert bool(folded) == (is_few and shares_keys)
+        assert all(n_repeats > 1 for n_repeats in folded)
+
+
+def test_masks_are_folded_for_each_number_of_repeats() -> None:
+    step = attention.TreeStep.__new__(attention.TreeStep)
+    step._folded = {}
+    mask = torch.zeros(2, 1, 3, 5)
+    assert [step.folded(mask, n).shape[2] for n in (2, 4, 2)] == [6, 12, 6]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "gpt2"])
