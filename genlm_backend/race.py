@@ -24,7 +24,6 @@ from genlm_backend.compiled import compiled
 
 Float32s = npt.NDArray[np.float32]
 
-_RUN = 64  # tokens of which the highest is found first, where the highest of a row are sought
 _BLOCK = 256  # tokens whose ceilings are computed together; 64 to 1,024 measured alike
 
 # SplitMix64: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", with Stafford's variant 13.
@@ -101,50 +100,10 @@ def draw_among(
     for i in range(keys.size):
         best_score = -np.inf
         for j in range(token_ids.shape[1]):
-            score = log_scores[i, j] + _noise(_bits(keys[i], token_ids[i, j]))
+            score = log_scores[i, j] + noise_of(bits_of(keys[i], token_ids[i, j]))
             if score > best_score:
                 places[i], best_score = j, score
     return places
-
-
-@compiled()
-def top_rows(
-    rows: Float32s, row_stride: int, n_rows: int, n_tokens: int, k: int
-) -> tuple[npt.NDArray[np.int64], Float32s]:
-    """The k highest entries of each row, highest first, of equals the lowest ids: (n, k) int64 and (n, k) float32.
-
-    They are in the k runs of tokens with the highest maxima: one fast pass finds these, and few tokens are sorted.
-
-    Args:
-        rows: flat float32, as in `draw_rows`.
-        k: 1 to n_tokens.
-    """
-    token_ids, values = np.empty((n_rows, k), np.int64), np.empty((n_rows, k), np.float32)
-    n_runs = (n_tokens + _RUN - 1) // _RUN
-    maxima = np.empty(n_runs, np.int32)
-    candidates, ranks = np.empty(n_tokens, np.int64), np.empty(n_tokens, np.int64)
-    for i in range(n_rows):
-        row = rows[i * row_stride : i * row_stride + n_tokens]
-        bits = row.view(np.int32)
-        for run in range(n_runs):
-            highest = np.int32(-0x80000000)
-            for v in range(run * _RUN, min((run + 1) * _RUN, n_tokens)):
-                highest = max(highest, bits[v] ^ ((bits[v] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-            maxima[run] = highest
-        hurdle = np.partition(maxima, n_runs - k)[n_runs - k] if k <= n_runs else np.int32(-0x80000000)
-        n = 0
-        for run in range(n_runs):
-            if maxima[run] >= hurdle:
-                for v in range(run * _RUN, min((run + 1) * _RUN, n_tokens)):
-                    rank = bits[v] ^ ((bits[v] >> np.int32(31)) & np.int32(0x7FFFFFFF))
-                    if rank >= hurdle:
-                        candidates[n], ranks[n] = v, -np.int64(rank)
-                        n += 1
-        order = np.argsort(ranks[:n], kind="mergesort")
-        for place in range(k):
-            token_ids[i, place] = candidates[order[place]]
-            values[i, place] = row[token_ids[i, place]]
-    return token_ids, values
 
 
 @compiled()
@@ -170,13 +129,13 @@ def log_mass_rows(
         if mask_of_sum[i] >= 0:
             _mask_row(row, masks[mask_of_sum[i]], scratch)
             row = scratch
-        top = _highest(row)
+        top = highest(row)
         if math.isinf(top) or math.isnan(top):
             log_masses[i] = top
         elif temperatures[i] == 0.0:
             log_masses[i] = 0.0 if top == 0.0 else math.copysign(np.inf, top)
         else:
-            total = _sum_of_exp(row, top, np.float32(1.0 / temperatures[i]))
+            total = sum_of_exp(row, top, np.float32(1.0 / temperatures[i]))
             log_masses[i] = np.float64(top) / temperatures[i] + math.log(total)
     return log_masses
 
@@ -189,7 +148,7 @@ def _mask_row(row: Float32s, mask: npt.NDArray[np.bool_], masked: Float32s) -> N
 
 @compiled()
 def _draw_row(row: Float32s, key: np.uint64, temperature: float) -> int:
-    top = _highest(row)
+    top = highest(row)
     if not -np.inf < top < np.inf:
         return -1
     best = 0
@@ -197,7 +156,7 @@ def _draw_row(row: Float32s, key: np.uint64, temperature: float) -> int:
         best += 1
     if temperature == 0.0:
         return best
-    best_score = _score(row[best], top, temperature, _bits(key, best))
+    best_score = _score(row[best], top, temperature, bits_of(key, best))
     hurdle = np.float32(best_score) - _SLACK
     shrunk_inverse = np.float32(_SHRINK / temperature)
     for start in range(0, row.size, _BLOCK):
@@ -205,7 +164,7 @@ def _draw_row(row: Float32s, key: np.uint64, temperature: float) -> int:
         if not _any_reaches(row, start, stop, key, top, shrunk_inverse, hurdle):
             continue
         for v in range(start, stop):
-            bits = _bits(key, v)
+            bits = bits_of(key, v)
             if _ceiling(row[v], top, shrunk_inverse, bits) >= hurdle:
                 score = _score(row[v], top, temperature, bits)
                 if score > best_score or (score == best_score and v < best):
@@ -215,7 +174,7 @@ def _draw_row(row: Float32s, key: np.uint64, temperature: float) -> int:
 
 
 @compiled()
-def _highest(row: Float32s) -> np.float32:
+def highest(row: Float32s) -> np.float32:
     """The largest entry; NaN if any is; -inf for an empty row.
 
     Integers are compared, because a maximum of integers becomes vector instructions and one of floats does not: with
@@ -247,12 +206,13 @@ def _any_reaches(
 ) -> bool:
     n_reaching = np.int32(0)
     for v in range(start, stop):
-        n_reaching += np.int32(_ceiling(row[v], top, shrunk_inverse, _bits(key, v)) >= hurdle)
+        n_reaching += np.int32(_ceiling(row[v], top, shrunk_inverse, bits_of(key, v)) >= hurdle)
     return bool(n_reaching > 0)
 
 
 @compiled()
-def _bits(key: np.uint64, token_id: int) -> np.uint64:
+def bits_of(key: np.uint64, token_id: int) -> np.uint64:
+    """64 random bits of a token under a key."""
     z = key + (np.uint64(token_id) + _ONE) * _GOLDEN
     z = (z ^ (z >> _SHIFT_1)) * _MULTIPLIER_1
     z = (z ^ (z >> _SHIFT_2)) * _MULTIPLIER_2
@@ -268,18 +228,20 @@ def _ceiling(logprob: np.float32, top: np.float32, shrunk_inverse: np.float32, b
 
 @compiled()
 def _score(logprob: np.float32, top: np.float32, temperature: float, bits: np.uint64) -> float:
-    score: float = (np.float64(logprob) - np.float64(top)) / temperature + _noise(bits)
+    score: float = (np.float64(logprob) - np.float64(top)) / temperature + noise_of(bits)
     return score
 
 
 @compiled()
-def _noise(bits: np.uint64) -> float:
+def noise_of(bits: np.uint64) -> float:
+    """The Gumbel noise that these bits stand for."""
     x = min((np.float64(np.int64(bits >> _ONE)) + 0.5) * 2.0**-63, 1.0 - 2.0**-53)
     return -math.log(-math.log1p(-x))
 
 
 @compiled(fastmath={"reassoc", "contract"})
-def _sum_of_exp(row: Float32s, top: np.float32, inverse: np.float32) -> float:
+def sum_of_exp(row: Float32s, top: np.float32, inverse: np.float32) -> float:
+    """The sum of exp((entry - top) * inverse), no entry above `top`; to about 3e-7."""
     total = 0.0
     for start in range(0, row.size, _BLOCK):
         block = np.float32(0.0)

@@ -63,11 +63,12 @@ def fresh_seed() -> int:
 
 
 def prepare() -> None:
-    """Load what draws on the CPU now instead of at the first draw: 0.5 s, once on a machine 2.5 s to compile it."""
+    """Load what draws on the CPU now instead of at the first draw: 0.5 s, once on a machine 12 s to compile it."""
     rows = torch.zeros(1, 2)
     for masks in (None, [torch.ones(2, dtype=torch.bool)]):
         draw(rows, [0], None, masks)
         log_mass(rows, masks)
+        draw_filtered(rows, [0], [0], [Kept(top_p=0.5)], None, masks)
 
 
 def draw(
@@ -214,10 +215,10 @@ def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         )
     if rows.device.type != "cpu":
         return _top_k_plainly(rows.float(), k)
-    from genlm_backend import race
+    from genlm_backend import filtered
 
     flat, stride = _flat(rows)
-    token_ids, values = race.top_rows(flat, stride, *rows.shape, k)
+    token_ids, values = filtered.top_rows(flat, stride, *rows.shape, k)
     return torch.from_numpy(token_ids), torch.from_numpy(values)
 
 
@@ -263,6 +264,125 @@ def draw_with_mass(
     first = np.unique(np.array(place_of_draw, np.int64), return_index=True)[1]
     different = _Asked(asked.row_of_draw[first], asked.temperatures[first], asked.masks, asked.mask_of_draw[first])
     return _draw_compiled(rows, keys, asked), _log_mass_compiled(rows, different)[place_of_draw]
+
+
+class Kept(NamedTuple):
+    """What is left of a row before a draw, in the order min-p, top-k, top-p; None leaves a filter out.
+
+    Attributes:
+        top_k: The so many most probable tokens, of equals the lowest ids; 1 or more.
+        top_p: Of these, the fewest most probable that reach this mass; above 0, at most 1.
+        min_p: First of all, tokens at least so many times as probable as the best one; 0 to 1.
+    """
+
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+class FilteredDraws(NamedTuple):
+    """What `draw_filtered` returns, on the device of the rows.
+
+    Attributes:
+        token_ids: (n,) int64; -1 where no token is possible.
+        log_qs: (n,) float64, nats: of each token among what was kept and its mask allows; 0 at temperature 0.
+        log_masses: (n,) float64, nats: the part of what was kept that the mask allows, 0 without one.
+    """
+
+    token_ids: torch.Tensor
+    log_qs: torch.Tensor
+    log_masses: torch.Tensor
+
+
+def draw_filtered(
+    rows: torch.Tensor,
+    row_of_draw: Sequence[int],
+    keys: Sequence[int],
+    kept: Sequence[Kept],
+    temperatures: Sequence[float] | None = None,
+    masks: Masks = None,
+) -> FilteredDraws:
+    """Draws from rows after temperature and filters, then under masks: nothing is renormalised before all is left out.
+
+    On the CPU one compiled call, without sorting a row: 16 draws with top-p of 0.9 from rows of 49,152 take 1 ms.
+
+    Args:
+        rows: (batch, vocab) float log-probabilities.
+        row_of_draw: n indices of rows.
+        keys: n integers, as in `draw`; a token has the noise that it has there.
+        kept: n filters.
+        temperatures: n, as in `draw`; at 0 the filters see temperature 1, and the best allowed token is taken.
+        masks: n, as in `draw`.
+
+    Raises:
+        InvalidQuery: As in `draw`, or a filter is out of its range.
+    """
+    asked = _checked(rows, keys, temperatures, masks, row_of_draw)
+    if len(kept) != len(keys):
+        raise InvalidQuery(f"there are {len(kept)} filters for {len(keys)} draws; expected one each")
+    for one in dict.fromkeys(kept):
+        check_kept(one)
+    if rows.device.type not in ("cpu", "mps"):
+        return _draw_filtered_plainly(rows, keys, kept, asked)
+    from genlm_backend import filtered
+
+    on_cpu = rows.cpu()
+    flat, stride = _flat(on_cpu)
+    n_tokens = rows.shape[1]
+    token_ids, log_qs, log_masses = filtered.draw_filtered(
+        flat,
+        stride,
+        n_tokens,
+        asked.row_of_draw,
+        _wrapped(keys),
+        asked.temperatures,
+        np.array([n_tokens if one.top_k is None else min(one.top_k, n_tokens) for one in kept], np.int64),
+        np.array([1.0 if one.top_p is None else one.top_p for one in kept], np.float64),
+        np.array([one.min_p or 0.0 for one in kept], np.float64),
+        asked.masks.cpu().numpy(),
+        asked.mask_of_draw,
+    )
+    found = FilteredDraws(torch.from_numpy(token_ids), torch.from_numpy(log_qs), torch.from_numpy(log_masses))
+    return found if rows.device.type == "cpu" else FilteredDraws(found[0].to(rows.device), *found[1:])
+
+
+def check_kept(kept: Kept) -> None:
+    """Refuse filters that are out of their range.
+
+    Raises:
+        InvalidQuery: One is.
+    """
+    top_k, top_p, min_p = kept
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise InvalidQuery(f"top_k is {top_k!r}; expected 1 or more, or None for all tokens")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise InvalidQuery(f"top_p is {top_p!r}; expected above 0 and at most 1, or None")
+    if min_p is not None and not 0.0 <= min_p <= 1.0:
+        raise InvalidQuery(f"min_p is {min_p!r}; expected 0 to 1, or None")
+
+
+def _draw_filtered_plainly(
+    rows: torch.Tensor, keys: Sequence[int], kept: Sequence[Kept], asked: _Asked
+) -> FilteredDraws:
+    """By torch, filter after filter: for GPUs, and the oracle of tests."""
+    is_greedy = asked.temperatures == 0
+    divisors = np.where(is_greedy, 1.0, asked.temperatures)
+    q = rows.new_empty((len(keys), rows.shape[1]), dtype=torch.float32)
+    together: dict[tuple[float, Kept], list[int]] = {}
+    for i, (divisor, one) in enumerate(zip(divisors.tolist(), kept, strict=True)):
+        together.setdefault((divisor, one), []).append(i)
+    for (divisor, (top_k, top_p, min_p)), members in together.items():
+        some = with_temperature(rows[asked.row_of_draw[members].tolist()], divisor)
+        some = some if min_p is None else keep_min_p(some, min_p)
+        some = some if top_k is None else keep_top_k(some, top_k)
+        q[members] = some if top_p is None else keep_top_p(some, top_p)
+    of_itself = asked._replace(row_of_draw=np.arange(len(keys)))
+    allowed = _allowed_rows(q, of_itself, 0, len(keys))
+    token_ids = _race(allowed, keys, np.where(is_greedy, 0.0, 1.0))
+    log_masses = allowed.double().logsumexp(1).clamp(max=0.0)
+    log_qs = q.gather(1, token_ids.clamp(min=0)[:, None])[:, 0].double() - log_masses
+    log_qs = torch.where(torch.from_numpy(is_greedy).to(rows.device), 0.0, log_qs.clamp(max=0.0))
+    return FilteredDraws(token_ids, torch.where(token_ids < 0, -math.inf, log_qs), log_masses)
 
 
 def with_temperature(logprobs: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -60,6 +60,9 @@ class GrammarRule(Rule[Any]):
         row[list(state.eos)] = mask[self.constraint.end]
         return row
 
+    def allows(self, state: _Read, token_id: int) -> bool:
+        return self.constraint.allows(state.read, self.constraint.end if token_id in state.eos else token_id)
+
     def foreseen(self, state: _Read) -> Sequence[int]:
         return () if state.unread else self.constraint.foreseen(state.read)
 

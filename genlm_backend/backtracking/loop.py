@@ -91,7 +91,7 @@ class Loop:
             return await self._applied(self._effective(self._set.rule.end(path.states[-1])), ended="length")
         if self._pending:
             return await self._forced(self._pending.popleft())
-        drawn = await self.proposal.drawn(path.end, self.cursor.node(), self._mask(path.states[-1]))
+        drawn = await self.proposal.drawn(path.end, self.cursor.node(), self._is_masked)
         if drawn is None:
             return self._climbed()
         if isinstance(drawn, Undo | Splice):
@@ -220,6 +220,7 @@ class Loop:
         self._final_before_end = self.cursor.n_final
         self.cursor.n_final = len(self.cursor.path.ids)
         self.end = End(reason, cut, self.cursor.n_final)
+        self.proposal.rest()
         return [self.end]
 
     def _given_up(self, reason: str) -> list[Event]:
@@ -259,7 +260,7 @@ class Loop:
         n_tokens = len(cursor.path.ids)
         before = cursor.path.prefix(n_tokens - 1)
         while not rule.masks_all:
-            drawn = await self.proposal.drawn(before, cursor.node(n_tokens - 1), self._mask(before.state))
+            drawn = await self.proposal.drawn(before, cursor.node(n_tokens - 1), self._is_masked)
             assert isinstance(drawn, Drawn), "the accepted token is still there"
             _, verdict = await _answer(rule.step(before.state, self._step(drawn, before.ids)))
             if not (isinstance(verdict, Undo) and verdict.keep == 0):
@@ -281,9 +282,9 @@ class Loop:
             verdict = verdict.otherwise
         return KEEP if isinstance(verdict, Splice) else verdict
 
-    def _mask(self, state: Any) -> BoolRow | None:
-        masks = self._set.mode == "mask" and self._set.rule.masks and not self._accepts_all
-        return self._set.rule.allowed(state) if masks else None
+    @property
+    def _is_masked(self) -> bool:
+        return self._set.mode == "mask" and self._set.rule.masks and not self._accepts_all
 
     async def _siblings(self, siblings: BoolRow | Sequence[int], fault: int) -> tree.Siblings:
         before = self.cursor.path.prefix(fault - 1)

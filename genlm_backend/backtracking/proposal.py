@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
@@ -25,16 +24,20 @@ from genlm_backend.backtracking.distribution import (
     reweighed,
     scaled_row,
 )
-from genlm_backend.backtracking.lookup import looked_up
+from genlm_backend.backtracking.guessing import Guesses
 from genlm_backend.backtracking.rules import BoolRow, Choices, Sees, Splice, Undo
 from genlm_backend.backtracking.settings import Settings
 from genlm_backend.errors import InvalidQuery, NoTokenAllowed, RuleRefused
+from genlm_backend.llm.base import AsyncLM
 from genlm_backend.llm.queries import Draw, LogNormalizer, Logprobs, Query, Row, TopK
 
 _ROWS_KEPT = 2
 _SUPPORTS_KEPT = 64
 _LOG_GONE = math.log(tree.GONE)
 _MOST_FORESEEN = 16  # tokens without an alternative that are asked about at once
+
+_ASKING: WeakKeyDictionary[AsyncLM, WeakSet[Proposal]] = WeakKeyDictionary()
+"""Those of walks under way: they share the forward passes of their model."""
 
 
 class Proposal:
@@ -51,8 +54,7 @@ class Proposal:
         self._asked: set[int] = set()
         self._wide: set[int] = set()  # names of prefixes at which the filters are lifted
         self._known: OrderedDict[int, Distribution] = OrderedDict()
-        self._guessed: tuple[int, list[int]] = (0, [])  # where tokens were guessed last, and which
-        self._n_guess = settings.speculate
+        self._guesses = Guesses(settings.speculate)
 
     @property
     def n_prefixes(self) -> int:
@@ -71,18 +73,22 @@ class Proposal:
         self._known.pop(name, None)
         return True
 
-    async def drawn(self, prefix: Prefix, node: tree.Node, mask: BoolRow | None) -> Drawn | Undo | Splice | None:
+    def rest(self) -> None:
+        """Its walk is at its end, and asks the model no more for now."""
+        _ASKING.get(self._set.llm, WeakSet()).discard(self)
+
+    async def drawn(self, prefix: Prefix, node: tree.Node, is_masked: bool) -> Drawn | Undo | Splice | None:
         """A token after a prefix, or what a rule that chooses does instead; None if no token is left.
 
         Args:
             prefix: After which.
             node: What was removed below it.
-            mask: (vocab,) bool, the tokens that may be drawn; None is all.
+            is_masked: Only tokens that the rules allow may be drawn.
         """
-        if self._set.engine_draws and node.is_whole and (mask is None or self._masks_by_engine):
-            return await self._drawn_by_engine(prefix, mask)
+        if self._set.engine_draws and node.is_whole:
+            return await self._drawn_by_engine(prefix, is_masked)
         dist = await self.distribution(prefix)
-        scores, log_mass = alive_scores(dist, node, mask)
+        scores, log_mass = alive_scores(dist, node, self._set.rule.allowed(prefix.state) if is_masked else None)
         # A rest that differences left may be their rounding error; what a mask alone leaves is exact, however little.
         if log_mass == -math.inf or (log_mass < _LOG_GONE and not node.is_whole):
             return None
@@ -126,26 +132,34 @@ class Proposal:
 
     # ---- drawing
 
-    async def _drawn_by_engine(self, prefix: Prefix, mask: BoolRow | None) -> Drawn | None:
-        """The common case: no row leaves the engine, and a batch is drawn at once."""
+    async def _drawn_by_engine(self, prefix: Prefix, is_masked: bool) -> Drawn | None:
+        """The common case: no row leaves the engine, and a batch is drawn at once.
+
+        The noise of a token is the same under a mask and without one, so a token that is drawn without and allowed is
+        the one that is drawn under it. Where the rules tell that of one token, the mask is made only if it is not.
+        """
         self.n_draws += 1
-        query = Draw(self._key(), self._set.filters.temperature, mask, self._top_k(prefix.name))
+        rule, key = self._set.rule, self._key()
+        if not is_masked:
+            return await self._asked_to_draw(prefix, key, None)
+        if rule.tells and not self._set.weigh:
+            drawn = await self._asked_to_draw(prefix, key, None)
+            if drawn is None or rule.allows(prefix.state, drawn.token_id):
+                return drawn
+        return await self._asked_to_draw(prefix, key, rule.allowed(prefix.state))
+
+    async def _asked_to_draw(self, prefix: Prefix, key: int, mask: BoolRow | None) -> Drawn | None:
+        temperature, top_k, top_p, min_p = self._set.filters
+        if prefix.name in self._wide:
+            top_k = top_p = min_p = None
+        elif top_k is not None:
+            top_k = min(top_k, len(self._set.llm.byte_vocab))
         try:
-            token_id, logprob, log_q = await self._query(prefix, query)
+            drawn = await self._query(prefix, Draw(key, temperature, mask, top_k, top_p, min_p))
         except NoTokenAllowed:
             return None
-        if mask is None:
-            log_q = logprob if self._set.filters.is_greedy else log_q
-            return Drawn(token_id, logprob, log_q, math.exp(log_q), None)
-        return Drawn(token_id, logprob, logprob, math.exp(logprob), None, logprob - log_q)
-
-    @property
-    def _masks_by_engine(self) -> bool:
-        return self._set.filters.temperature == 1 and self._set.filters.top_k is None
-
-    def _top_k(self, name: int) -> int | None:
-        top_k = None if name in self._wide else self._set.filters.top_k
-        return None if top_k is None else min(top_k, len(self._set.llm.byte_vocab))
+        log_q = drawn.logprob if self._set.filters.is_greedy else drawn.log_q + drawn.log_mass
+        return Drawn(drawn.token_id, drawn.logprob, log_q, math.exp(log_q), None, drawn.log_mass)
 
     async def _chosen(self, dist: Distribution, scores: Floats, prefix: Prefix) -> Drawn | Undo | Splice:
         left = scores > -math.inf
@@ -169,7 +183,7 @@ class Proposal:
     async def _query(self, prefix: Prefix, query: Query) -> Any:
         """The model's answer about a prefix; about a new one, what is likely to be asked next is asked along."""
         whole, name = [*self._set.prompt, *prefix.ids], prefix.name
-        guess = [] if name in self._asked else self._guess(whole, prefix)
+        guess = [] if name in self._asked else self._guess(prefix)
         self._asked.add(name)
         if not guess:
             return await self._set.llm.query(whole, query, self._set.adapter)
@@ -186,21 +200,14 @@ class Proposal:
                 row.cancel()
             await asyncio.gather(*along, return_exceptions=True)  # what is wrong with a guess is told if it comes true
 
-    def _guess(self, whole: Sequence[int], prefix: Prefix) -> list[int]:
-        """Tokens that may follow: what a rule foresees, then what is looked up, more if guesses came true before."""
-        most, ids = self._set.speculate, prefix.ids
-        guess = list(self._set.rule.foreseen(prefix.state)[:_MOST_FORESEEN]) if self._set.mode == "mask" else []
-        if most:
-            start, last = self._guessed
-            if last:
-                pairs = zip(last, ids[start:], strict=False)
-                n_true = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-                self._n_guess = min(most, 2 * n_true + 1)
-            guess += looked_up([*whole, *guess], self._n_guess)
-        guess = guess[: self._set.max_new_tokens - len(ids) - 1]
-        guess = list(itertools.takewhile(lambda token_id: token_id not in self._set.eos, guess))
-        self._guessed = len(ids), guess
-        return guess
+    def _guess(self, prefix: Prefix) -> list[int]:
+        """Tokens that may follow and are worth asking about: what a rule foresees, then what is looked up."""
+        asking = _ASKING.setdefault(self._set.llm, WeakSet())
+        asking.add(self)
+        is_masked = self._set.mode == "mask"
+        foreseen = list(self._set.rule.foreseen(prefix.state)[:_MOST_FORESEEN]) if is_masked else []
+        n_room = self._set.max_new_tokens - len(prefix.ids) - 1
+        return self._guesses.after(self._set.prompt, prefix.ids, foreseen, self._set.eos, n_room, len(asking))
 
     async def _log_normalizer(self, prefix: Prefix) -> float:
         try:

@@ -95,13 +95,7 @@ class Settings:
     @property
     def engine_draws(self) -> bool:
         """Whether a draw by the engine tells all that the rules look at."""
-        rule, filters = self.rule, self.filters
-        if (
-            rule.warps
-            or rule.chooses
-            or rule.sees > Sees.TOKEN
-            or filters.top_p is not None
-            or filters.min_p is not None
-        ):
+        rule = self.rule
+        if rule.warps or rule.chooses or rule.sees > Sees.TOKEN:
             return False
-        return filters.top_k is None or not filters.is_greedy
+        return not (self.filters.is_greedy and self.filters.truncates)  # its log_q would be of what the engine keeps

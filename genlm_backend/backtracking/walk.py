@@ -121,8 +121,8 @@ def walk(
             back more than one token, and the length of the partial match for phrases.
         speculate: With each new prefix, ask also for up to so many of its continuations, as they stood in the text or
             prompt before; what a grammar forces is always asked along. The text stays the same; where it repeats
-            itself, forward passes are saved. Good for few walks on an engine that computes a batch as one tree
-            (`AsyncTransformer`): there a few more tokens cost little. Fewer are asked for where guesses were wrong.
+            itself, forward passes are saved. Good on an engine that computes a batch as one tree (`AsyncTransformer`).
+            Of many walks each asks only for what is almost sure to come.
         state: Of the rules at the prompt: the `state` of an outcome that this walk continues.
         encode: From the text of a splice to tokens; None takes the tokenizer.
         lora_name: The adapter.

@@ -35,13 +35,25 @@ class Draw(NamedTuple):
         key: From `sampling.draw_key`.
         temperature: Divides the log-probabilities; 0 takes the most probable token.
         mask: `(vocab,)` bool, the tokens that may be drawn; None allows all.
-        top_k: Among the so many most probable tokens; None is all. Not beside a mask.
+        top_k: Among the so many most probable tokens; None is all. Filters come after the temperature, in the order
+            min_p, top_k, top_p, and before the mask; at temperature 0 they see temperature 1.
+        top_p: Among the fewest most probable tokens that reach this mass; None is all.
+        min_p: Among tokens at least so many times as probable as the best one; None is all.
     """
 
     key: int
     temperature: float = 1.0
     mask: Mask | None = None
     top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    @property
+    def kept(self) -> sampling.Kept | None:
+        """Its filters; None without any."""
+        if self.top_k is self.top_p is self.min_p is None:
+            return None
+        return sampling.Kept(self.top_k, self.top_p, self.min_p)
 
 
 class Drawn(NamedTuple):
@@ -50,12 +62,15 @@ class Drawn(NamedTuple):
     Attributes:
         token_id: The drawn token.
         logprob: Its log-probability under the model, nats.
-        log_q: Its log-probability under what it was drawn from (masked, tempered, renormalised), nats.
+        log_q: Its log-probability under what it was drawn from (tempered, filtered, masked, renormalised), nats.
+        log_mass: Of what temperature and filters left, the log of the part that the mask allows; 0 without a mask, and
+            at temperature 0 without filters.
     """
 
     token_id: int
     logprob: float
     log_q: float
+    log_mass: float = 0.0
 
 
 class TopK(NamedTuple):
@@ -111,16 +126,16 @@ def check_query(query: object, n_vocab: int) -> Query:
     match query:
         case Row() | LogNormalizer():
             return query
-        case Draw(key, temperature, mask, top_k):
+        case Draw(key, temperature, mask, top_k, top_p, min_p):
             if isinstance(key, bool) or not isinstance(key, int | np.integer):
                 raise InvalidQuery(f"the key of Draw is {key!r}; expected an integer from sampling.draw_key(...)")
             if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
                 raise InvalidQuery(f"the temperature of Draw is {temperature!r}; expected a finite number >= 0")
             if top_k is not None:
                 _check_k(top_k, n_vocab, "the top_k of Draw")
-                if mask is not None:
-                    raise InvalidQuery("Draw has a mask and a top_k; expected one of them, or None for both")
-            return Draw(int(key), float(temperature), None if mask is None else _checked_mask(mask, n_vocab), top_k)
+            sampling.check_kept(sampling.Kept(None, top_p, min_p))
+            checked = None if mask is None else _checked_mask(mask, n_vocab)
+            return Draw(int(key), float(temperature), checked, top_k, top_p, min_p)
         case TopK(k):
             _check_k(k, n_vocab, "the k of TopK")
             return query
@@ -153,12 +168,17 @@ def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
         asked: (row, query) pairs; each row is finite.
     """
     answers: list[Any] = [None] * len(asked)
-    draws = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, Draw) and not query.top_k]
     masses = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, MaskMass)]
-    if draws:
-        drawn = _draw(block.logprobs, [row for _, row, _ in draws], [query for _, _, query in draws])
-        for (i, _, _), outcome in zip(draws, drawn, strict=True):
-            answers[i] = outcome
+    for of_filters, draw in ((False, _draw), (True, _draw_filtered)):
+        draws = [
+            (i, row, query)
+            for i, (row, query) in enumerate(asked)
+            if isinstance(query, Draw) and (query.kept is not None) == of_filters
+        ]
+        if draws:
+            drawn = draw(block.logprobs, [row for _, row, _ in draws], [query for _, _, query in draws])
+            for (i, _, _), outcome in zip(draws, drawn, strict=True):
+                answers[i] = outcome
     if masses:
         masks = [query.mask for _, _, query in masses]
         log_masses = sampling.log_mass(_rows(block.logprobs, [row for _, row, _ in masses]), masks).tolist()
@@ -166,8 +186,8 @@ def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
             answers[i] = min(log_mass, 0.0)
     for i, next_bytes in _byte_marginals(block, asked):
         answers[i] = next_bytes
-    for i, of_best in _of_best(block, asked):
-        answers[i] = of_best
+    for i, top in _top_k(block, asked):
+        answers[i] = top
     for i, (row, query) in enumerate(asked):
         match query:
             case Row():
@@ -180,38 +200,16 @@ def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
     return answers
 
 
-def _of_best(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple[int, TopTokens | Drawn]]:
-    """Place and answer of each `TopK` and each `Draw` with a `top_k`; those of one k are found together."""
-    by_k: dict[int, list[tuple[int, int, TopK | Draw]]] = defaultdict(list)
+def _top_k(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple[int, TopTokens]]:
+    """Place and answer of each `TopK`; those of one k are found together."""
+    by_k: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for i, (row, query) in enumerate(asked):
         if isinstance(query, TopK):
-            by_k[query.k].append((i, row, query))
-        elif isinstance(query, Draw) and query.top_k:
-            by_k[query.top_k].append((i, row, query))
+            by_k[query.k].append((i, row))
     for k, members in by_k.items():
-        token_ids, logprobs = sampling.top_k(_rows(block.logprobs, [row for _, row, _ in members]), k)
-        for (i, _, query), of_row, values in zip(members, token_ids.unbind(), logprobs.unbind(), strict=True):
-            if isinstance(query, TopK):
-                yield i, TopTokens(of_row.clone(), values.clone())  # an answer that is kept keeps no other
-        draws = [(at, query) for at, (_, _, query) in enumerate(members) if isinstance(query, Draw)]
-        if draws:
-            at = [at for at, _ in draws]
-            some = slice(None) if len(at) == len(members) else at
-            drawn = _draw_among(token_ids[some].cpu(), logprobs[some].cpu(), [query for _, query in draws])
-            yield from zip([members[i][0] for i in at], drawn, strict=True)
-
-
-def _draw_among(token_ids: torch.Tensor, logprobs: torch.Tensor, queries: list[Draw]) -> Iterator[Drawn]:
-    """Draws from the best tokens of each row, most probable first: (n, k) on the CPU."""
-    divisors = [query.temperature if query.temperature >= 1e-30 else 0.0 for query in queries]
-    scaled = logprobs.numpy() / np.array([divisor or 1.0 for divisor in divisors])[:, None]
-    top = scaled.max(1, keepdims=True)
-    log_q = scaled - (top + np.log(np.exp(scaled - top).sum(1, keepdims=True)))
-    places = sampling.draw_among(token_ids.numpy(), log_q, [query.key for query in queries]).tolist()
-    for row, (place, divisor) in enumerate(zip(places, divisors, strict=True)):
-        place = place if divisor else 0
-        value = min(float(log_q[row, place]), 0.0) if divisor else 0.0
-        yield Drawn(int(token_ids[row, place]), float(logprobs[row, place]), value)
+        token_ids, logprobs = sampling.top_k(_rows(block.logprobs, [row for _, row in members]), k)
+        for (i, _), of_row, values in zip(members, token_ids.unbind(), logprobs.unbind(), strict=True):
+            yield i, TopTokens(of_row.clone(), values.clone())  # an answer that is kept keeps no other
 
 
 def _byte_marginals(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple[int, NextBytes]]:
@@ -233,22 +231,63 @@ def _draw(logprobs: torch.Tensor, rows: list[int], queries: list[Draw]) -> list[
     masks = [query.mask for query in queries] if any(query.mask is not None for query in queries) else None
     keys = [query.key for query in queries]
     is_plain = [query.mask is None and query.temperature == 1 for query in queries]
-    log_totals = [0.0] * len(queries)
+    log_totals = log_wholes = [0.0] * len(queries)
     if all(is_plain):
         tokens = sampling.draw(_rows(logprobs, rows), keys)
-    else:  # log of the sum of p ** (1 / temperature) over what may be drawn
+    else:  # log of the sum of p ** (1 / temperature) over what may be drawn, and over all
         tokens, log_masses = sampling.draw_with_mass(logprobs, rows, keys, temperatures, masks)
         log_totals = [0.0 if plain else total for plain, total in zip(is_plain, log_masses.tolist(), strict=True)]
+        log_wholes = _log_wholes(logprobs, rows, queries, log_totals)
     of_draw = torch.tensor(rows, device=logprobs.device)
     chosen = logprobs[of_draw, tokens.clamp(min=0)].tolist()
     drawn: list[Drawn | NoTokenAllowed] = []
-    for query, token, logprob, log_total in zip(queries, tokens.tolist(), chosen, log_totals, strict=True):
+    for query, token, logprob, log_total, log_whole in zip(
+        queries, tokens.tolist(), chosen, log_totals, log_wholes, strict=True
+    ):
         if token < 0:
-            drawn.append(NoTokenAllowed(0 if query.mask is None else int(query.mask.sum())))
+            drawn.append(_nothing_allowed(query))
+        elif query.temperature < 1e-30:
+            drawn.append(Drawn(token, logprob, 0.0, 0.0))
         else:
-            log_q = 0.0 if query.temperature < 1e-30 else min(logprob / query.temperature - log_total, 0.0)
-            drawn.append(Drawn(token, logprob, log_q))
+            log_q = min(logprob / query.temperature - log_total, 0.0)
+            drawn.append(Drawn(token, logprob, log_q, min(log_total - log_whole, 0.0)))
     return drawn
+
+
+def _log_wholes(logprobs: torch.Tensor, rows: list[int], queries: list[Draw], log_totals: list[float]) -> list[float]:
+    """Log of the sum of p ** (1 / temperature) over all tokens: 0 at temperature 1, known where nothing is masked."""
+    wholes = [0.0 if query.temperature == 1 else total for query, total in zip(queries, log_totals, strict=True)]
+    of = [i for i, query in enumerate(queries) if query.mask is not None and query.temperature not in (0, 1)]
+    if of:
+        some = _rows(logprobs, [rows[i] for i in of])
+        sums = sampling.log_mass(some, None, [queries[i].temperature for i in of]).tolist()
+        for i, value in zip(of, sums, strict=True):
+            wholes[i] = value
+    return wholes
+
+
+def _draw_filtered(logprobs: torch.Tensor, rows: list[int], queries: list[Draw]) -> list[Drawn | NoTokenAllowed]:
+    found = sampling.draw_filtered(
+        logprobs,
+        rows,
+        [query.key for query in queries],
+        [query.kept or sampling.Kept() for query in queries],
+        [query.temperature for query in queries],
+        [query.mask for query in queries] if any(query.mask is not None for query in queries) else None,
+    )
+    of_draw = torch.tensor(rows, device=logprobs.device)
+    chosen = logprobs[of_draw, found.token_ids.clamp(min=0)].tolist()
+    values = zip(
+        queries, found.token_ids.tolist(), chosen, found.log_qs.tolist(), found.log_masses.tolist(), strict=True
+    )
+    return [
+        _nothing_allowed(query) if token < 0 else Drawn(token, logprob, min(log_q, 0.0), min(log_mass, 0.0))
+        for query, token, logprob, log_q, log_mass in values
+    ]
+
+
+def _nothing_allowed(query: Draw) -> NoTokenAllowed:
+    return NoTokenAllowed(0 if query.mask is None else int(query.mask.sum()))
 
 
 def _rows(logprobs: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -193,3 +193,36 @@ def test_a_nucleus_is_the_one_of_all_tokens_sorted(scale: float, top_p: float) -
     kept = from_row(scaled, scaled, Filters(top_p=top_p)).token_ids
     assert kept is not None and abs(len(kept) - len(expected)) <= 1  # of the sums' rounding
     assert (kept[: len(expected)] == expected[: len(kept)]).all()
+
+
+class Counted(StringSet):
+    """Counts the masks that are made."""
+
+    n_masks = 0
+
+    def mask(self, state: Any) -> Any:
+        self.n_masks += 1
+        return super().mask(state)
+
+
+class MasksAlways(GrammarRule):
+    """Does not tell of one token, so that each draw has its mask."""
+
+    tells = False
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 2}], ids=str)
+async def test_a_mask_is_made_only_for_draws_that_leave_the_set_and_changes_no_text(filters):
+    made: dict[type, Any] = {}
+    for rule_type in (GrammarRule, MasksAlways):
+        async with fake_language_model(FakeEngine(n_logits=4), n_vocab=4) as llm:
+            constraint = Counted(llm, TEXTS)
+            rules = [rule_type(constraint)]
+            options = {"max_new_tokens": 4, "mode": "mask", "eos": [EOS], **filters}
+            walks = [walk(llm, PROMPT, rules, seed=i, **options) for i in range(60)]
+            texts = [(one.token_ids, one.logprob, one.log_q, one.reason) for one in await asyncio.gather(*walks)]
+            made[rule_type] = texts, constraint.n_masks, sum(len(text[0]) for text in texts)
+    (texts, n_masks, n_tokens), (same, n_always, _) = made[GrammarRule], made[MasksAlways]
+    assert texts == same
+    assert n_always >= n_tokens
+    assert 0 < n_masks < n_always

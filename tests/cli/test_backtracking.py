@@ -194,6 +194,14 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
+    def press(self, keys: str) -> None:
+        """Like `type`, but as late after what is on the screen as a person would.
+
+        Python loses a Ctrl-C that comes between the echo of a key and its wait for the next one, until that next one.
+        """
+        time.sleep(0.5)
+        self.type(keys)
+
     def interrupt(self) -> None:
         os.kill(self._pid, signal.SIGINT)
 
@@ -274,21 +282,21 @@ def test_ctrl_c_at_the_prompt_ends_only_when_pressed_twice_on_an_empty_line(mode
     terminal.wait_for("> ")
     terminal.type("hello\r")
     terminal.wait_for("> ", 2)
-    terminal.type(ctrl_c)
+    terminal.press(ctrl_c)
     terminal.wait_for(hint)
     terminal.wait_for("> ", 3)
     terminal.type("half a lin")
     terminal.wait_for("half a lin")
-    terminal.type(ctrl_c)  # discards what was typed
+    terminal.press(ctrl_c)  # discards what was typed
     terminal.wait_for("> ", 4)
     terminal.type(f"/save {saved}\r")
     terminal.wait_for("saved to")
     assert [m["content"] for m in json.loads(saved.read_text())][:1] == ["hello"]
     terminal.wait_for("> ", 5)
-    terminal.type(ctrl_c)
+    terminal.press(ctrl_c)
     terminal.wait_for(hint, 2)
     terminal.wait_for("> ", 6)
-    terminal.type(ctrl_c)
+    terminal.press(ctrl_c)
     assert terminal.wait() == 0, terminal.screen[-2000:]
     assert "Traceback" not in terminal.screen and terminal.screen.count(hint) == 2
 

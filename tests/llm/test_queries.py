@@ -66,10 +66,17 @@ def check(outcome: Any, query: Query, block: Block, row: int) -> None:
         case MaskMass(mask):
             expected = logprobs[torch.as_tensor(mask)].logsumexp(-1).item()
             assert isinstance(outcome, float) and outcome == pytest.approx(expected, abs=2e-6)
-        case Draw(key, temperature, mask, top_k):
-            allowed = torch.ones(N_VOCAB, dtype=torch.bool) if mask is None else torch.as_tensor(mask)
-            if top_k is not None:
-                allowed = logprobs >= logprobs.sort().values[-top_k]
+        case Draw(key, temperature, mask, top_k, top_p, min_p):
+            kept = (logprobs / (temperature or 1.0)).log_softmax(-1)
+            kept = kept if min_p is None else sampling.keep_min_p(kept, min_p)
+            kept = kept if top_k is None else sampling.keep_top_k(kept, top_k)
+            kept = kept if top_p is None else sampling.keep_top_p(kept, top_p)
+            allowed = kept > -math.inf
+            if mask is not None:
+                allowed = allowed & torch.as_tensor(mask)
+            if not allowed.any():
+                assert isinstance(outcome, NoTokenAllowed)
+                return
             (token,) = sampling.draw_plainly(block.logprobs[row : row + 1], [key], [temperature], [allowed]).tolist()
             assert isinstance(outcome, Drawn) and outcome.token_id == token and allowed[token]
             assert outcome.logprob == pytest.approx(logprobs[token].item(), abs=2e-6)
@@ -79,6 +86,8 @@ def check(outcome: Any, query: Query, block: Block, row: int) -> None:
             else:
                 expected = (tempered / temperature).log_softmax(-1)[token].item()
                 assert outcome.log_q == pytest.approx(expected, abs=2e-6 + 2e-6 / temperature)
+            if temperature or query.kept:
+                assert outcome.log_mass == pytest.approx(kept[allowed].logsumexp(-1).item(), abs=4e-6)
 
 
 def queries_for(row: int, masks: torch.Tensor) -> list[Query]:
@@ -101,6 +110,11 @@ def queries_for(row: int, masks: torch.Tensor) -> list[Query]:
         Draw(row + 80, 1.5, top_k=5),
         Draw(row + 90, 0.0, top_k=5),
         Draw(row + 100, top_k=N_VOCAB),
+        Draw(row + 110, 0.6, top_p=0.9),
+        Draw(row + 120, 0.6, masks[row], top_p=0.9),
+        Draw(row + 130, 1.0, masks[row].numpy(), 30, 0.8, 0.01),
+        Draw(row + 140, 0.0, masks[row], min_p=0.001),
+        Draw(row + 150, 2.0, None, None, None, 0.2),
     ]
 
 
@@ -115,7 +129,7 @@ def test_every_query_on_every_row_alone_and_in_one_batch(block: Block, masks: to
         (alone,) = answer(Block(block.logprobs[row : row + 1], [block.log_normalizers[row]]), [(0, query)])
         check(alone, query, block, row)
         if isinstance(query, Draw | MaskMass | LogNormalizer):
-            assert outcome == again == alone, "the batch decides nothing"
+            assert str(outcome) == str(again) == str(alone), "the batch decides nothing"
     assert torch.equal(block.logprobs, before), "no row was changed"
 
 
@@ -127,6 +141,8 @@ def test_a_wrong_answer_is_noticed(block: Block, masks: torch.Tensor) -> None:
         (plain, Draw(3, 0.5), 0),
         (masked, Draw(3), 0),
         (plain, Draw(3, top_k=2), 0),
+        (plain, Draw(3, top_p=0.1), 0),
+        (plain, Draw(3, min_p=0.9), 0),
         (masked._replace(log_q=plain.logprob), Draw(3, 1.0, masks[0]), 0),
         (answer(block, [(1, TopK(5))])[0], TopK(5), 0),
         (answer(block, [(1, MaskMass(masks[0]))])[0], MaskMass(masks[0]), 0),

@@ -1,0 +1,109 @@
+"""Guesses: what may come next in a walk, and how much of it is worth asking the model about along with what is known.
+
+A forward pass costs as much as some rows more, so a guess that comes true saves its walk a whole pass, shared with the
+walks that wait for the same one; a guess that does not costs its row. What is worth it depends on how many walks there
+are and on how likely the guess is, which is learned as the walk goes on, whether guesses are asked about or not.
+
+Prompt lookup: Saxena, "Prompt Lookup Decoding", 2023; Yang et al., "Inference with Reference", arXiv:2304.04487.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+PASS_IN_ROWS = 11
+"""The fixed part of a forward pass, in rows of a large one: 38 ms and 3.5 ms for SmolLM2 in float32 on 2 AVX2 cores."""
+
+_LONGEST = 8  # tokens at the end that are looked up; then fewer
+_FORESEEN = 0  # the kind of guess that a rule makes; others are named by how many tokens stood before it and before
+# How often each kind is right before anything was learned, and how many guesses that counts for. Measured on a JSON
+# object, a schema, prose and code by SmolLM2: 0.8, 0.13 - 0.33, 0.22 - 0.55, 0.24 - 0.69, 0.67 - 0.81, and so on.
+_RIGHT_BEFORE = (0.8, 0.25, 0.45, 0.6, 0.75, 0.75, 0.75, 0.8, 0.9)
+_PRIOR_WEIGHT = 4.0
+
+
+class _Guess(NamedTuple):
+    token_id: int
+    kind: int
+
+
+class Guesses:
+    """The guesses of one walk.
+
+    Args:
+        most: Tokens that are looked up at a time; what rules foresee comes before them.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._n_right = [_PRIOR_WEIGHT * right for right in _RIGHT_BEFORE]
+        self._n_made = [_PRIOR_WEIGHT] * len(_RIGHT_BEFORE)
+        self._last: tuple[int, list[_Guess]] = (0, [])
+
+    def after(
+        self,
+        prompt: Sequence[int],
+        ids: Sequence[int],
+        foreseen: Sequence[int],
+        ends: Collection[int],
+        n_room: int,
+        n_walks: int,
+    ) -> list[int]:
+        """Tokens that are worth asking about along with what follows `ids`.
+
+        Args:
+            prompt: Before `ids`.
+            ids: The walk's own tokens.
+            foreseen: By its rules.
+            ends: No guess is one of these, or comes after one.
+            n_room: At most so many.
+            n_walks: How many ask the same model.
+        """
+        self._learn(ids)
+        guesses = [_Guess(token_id, _FORESEEN) for token_id in foreseen]
+        if self._most:
+            width, found = looked_up([*prompt, *ids, *foreseen], self._most)
+            guesses += [_Guess(token_id, min(width + i, _LONGEST)) for i, token_id in enumerate(found)]
+        guesses = list(itertools.takewhile(lambda guess: guess.token_id not in ends, guesses[:n_room]))
+        self._last = len(ids), guesses
+        return [guess.token_id for guess in self._worth(guesses, n_walks)]
+
+    def _worth(self, guesses: Sequence[_Guess], n_walks: int) -> Iterator[_Guess]:
+        right = 1.0
+        for guess in guesses:
+            right *= self._n_right[guess.kind] / self._n_made[guess.kind]
+            if right * PASS_IN_ROWS < (1.0 - right) * n_walks:
+                return
+            yield guess
+
+    def _learn(self, ids: Sequence[int]) -> None:
+        """Compare what was guessed last with what came; what follows a wrong guess teaches nothing."""
+        start, guesses = self._last
+        for guess, token_id in zip(guesses, ids[start:], strict=False):
+            self._n_made[guess.kind] += 1
+            if guess.token_id != token_id:
+                return
+            self._n_right[guess.kind] += 1
+
+
+def looked_up(ids: Sequence[int], n: int) -> tuple[int, list[int]]:
+    """How many tokens at the end stood before, and the n that followed at their last place; 0 and [] if none did.
+
+    The longest end that stood before counts, of up to eight tokens. A place less than n before the end is a cycle, and
+    the guess goes round in it.
+    """
+    known = np.asarray(ids)
+    width, places = 0, np.arange(len(known) - 1)  # of the last tokens of what is the same as the end
+    while width < min(_LONGEST, len(known) - 1):
+        longer = places[places >= width]
+        longer = longer[known[longer - width] == known[-1 - width]]
+        if not len(longer):
+            break
+        width, places = width + 1, longer
+    if not width or n < 1:
+        return 0, []
+    return width, np.resize(known[places[-1] + 1 :], n).tolist()
