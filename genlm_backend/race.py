@@ -78,8 +78,41 @@ def draw_rows(
         if mask_of_draw[i] >= 0:
             _mask_row(row, masks[mask_of_draw[i]], scratch)
             row = scratch
-        token_ids[i] = _draw_row(row, keys[i], temperatures[i])
+        token_ids[i] = _draw_row(row, highest(row), keys[i], temperatures[i])
     return token_ids
+
+
+@compiled()
+def draw_with_mass_rows(
+    rows: Float32s,
+    row_stride: int,
+    n_tokens: int,
+    row_of_group: npt.NDArray[np.int64],
+    temperatures: npt.NDArray[np.float64],
+    masks: npt.NDArray[np.bool_],
+    mask_of_group: npt.NDArray[np.int64],
+    first_of_group: npt.NDArray[np.int64],
+    keys: npt.NDArray[np.uint64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Draws in groups of one row, temperature and mask: (n,) tokens as of `draw_rows`, (k,) as of `log_mass_rows`.
+
+    Args:
+        row_of_group, temperatures, mask_of_group: (k,), else as in `draw_rows`.
+        first_of_group: (k + 1,) int64; the draws of a group are those from its first to before that of the next.
+        keys: (n,) uint64.
+    """
+    token_ids, log_masses = np.empty(keys.size, np.int64), np.empty(row_of_group.size, np.float64)
+    scratch = np.empty(n_tokens, np.float32)
+    for group in range(row_of_group.size):
+        row = rows[row_of_group[group] * row_stride : row_of_group[group] * row_stride + n_tokens]
+        if mask_of_group[group] >= 0:
+            _mask_row(row, masks[mask_of_group[group]], scratch)
+            row = scratch
+        top = highest(row)
+        log_masses[group] = _log_mass(row, top, temperatures[group])
+        for i in range(first_of_group[group], first_of_group[group + 1]):
+            token_ids[i - first_of_group[0]] = _draw_row(row, top, keys[i - first_of_group[0]], temperatures[group])
+    return token_ids, log_masses
 
 
 @compiled()
@@ -129,15 +162,17 @@ def log_mass_rows(
         if mask_of_sum[i] >= 0:
             _mask_row(row, masks[mask_of_sum[i]], scratch)
             row = scratch
-        top = highest(row)
-        if math.isinf(top) or math.isnan(top):
-            log_masses[i] = top
-        elif temperatures[i] == 0.0:
-            log_masses[i] = 0.0 if top == 0.0 else math.copysign(np.inf, top)
-        else:
-            total = sum_of_exp(row, top, np.float32(1.0 / temperatures[i]))
-            log_masses[i] = np.float64(top) / temperatures[i] + math.log(total)
+        log_masses[i] = _log_mass(row, highest(row), temperatures[i])
     return log_masses
+
+
+@compiled()
+def _log_mass(row: Float32s, top: np.float32, temperature: float) -> float:
+    if math.isinf(top) or math.isnan(top):
+        return np.float64(top)
+    if temperature == 0.0:
+        return 0.0 if top == 0.0 else math.copysign(np.inf, top)
+    return np.float64(top) / temperature + math.log(sum_of_exp(row, top, np.float32(1.0 / temperature)))
 
 
 @compiled()
@@ -147,8 +182,7 @@ def _mask_row(row: Float32s, mask: npt.NDArray[np.bool_], masked: Float32s) -> N
 
 
 @compiled()
-def _draw_row(row: Float32s, key: np.uint64, temperature: float) -> int:
-    top = highest(row)
+def _draw_row(row: Float32s, top: np.float32, key: np.uint64, temperature: float) -> int:
     if not -np.inf < top < np.inf:
         return -1
     best = 0
