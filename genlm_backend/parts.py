@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -35,10 +36,14 @@ def in_parts(n: int, least: int, work: Callable[[int, int], T]) -> list[T]:
             results[part] = error
 
     threads = [threading.Thread(target=do, args=(part,), daemon=True) for part in range(1, n_parts)]
-    for thread in threads:
-        thread.start()
-    do(0)
-    for thread in threads:
+    n_started = 0
+    with suppress(RuntimeError):  # no more threads are to be had: the rest is done here
+        for thread in threads:
+            thread.start()
+            n_started += 1
+    for part in (0, *range(n_started + 1, n_parts)):
+        do(part)
+    for thread in threads[:n_started]:
         thread.join()
     return [_unless_raised(result) for result in results]
 

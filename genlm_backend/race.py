@@ -1,4 +1,4 @@
-"""Compiled passes over rows of log-probabilities on the CPU: the exponential race behind `draw`, and masked sums.
+"""Compiled passes over rows of log-probabilities on the CPU: the exponential race behind `draw`, masked sums, filters.
 
 Importing this file imports numba (about half a second), so `sampling` does it when a row is first drawn, not before.
 
@@ -10,7 +10,12 @@ vector instructions, and only the tokens whose ceiling reaches the best score so
 the score of the most probable token) are scored in full. The pruning only ever drops tokens that have lost: the result
 is the token of the plain race.
 
-Each row is walked in a fixed order by one thread and touches nothing else, so results do not depend on the batch.
+Filters. No row is sorted for top-k, top-p or min-p. The tokens that may be kept are collected first, by their runs:
+where the highest entry of a run of tokens is too low, and that takes a few vector instructions, so is the rest of it.
+Only what was collected is sorted.
+
+Each row is walked in a fixed order by one thread and touches nothing else, so results do not depend on the batch. All
+of it is one file, because numba keeps the code of a function as long as its own file is unchanged.
 """
 
 from __future__ import annotations
@@ -23,8 +28,13 @@ import numpy.typing as npt
 from genlm_backend.compiled import compiled
 
 Float32s = npt.NDArray[np.float32]
+Int64s = npt.NDArray[np.int64]
 
 _BLOCK = 256  # tokens whose ceilings are computed together; 64 to 1,024 measured alike
+
+_RUN = 64  # tokens of which the highest is found first
+_FIRST_DEPTH = 4.0  # nats below the best token among which a nucleus is sought first; doubled until it is there
+_LOWEST = np.int32(-0x80000000)
 
 # SplitMix64: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", with Stafford's variant 13.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -78,7 +88,7 @@ def draw_rows(
         if mask_of_draw[i] >= 0:
             _mask_row(row, masks[mask_of_draw[i]], scratch)
             row = scratch
-        token_ids[i] = _draw_row(row, highest(row), keys[i], temperatures[i])
+        token_ids[i] = _draw_row(row, _highest(row), keys[i], temperatures[i])
     return token_ids
 
 
@@ -108,7 +118,7 @@ def draw_with_mass_rows(
         if mask_of_group[group] >= 0:
             _mask_row(row, masks[mask_of_group[group]], scratch)
             row = scratch
-        top = highest(row)
+        top = _highest(row)
         log_masses[group] = _log_mass(row, top, temperatures[group])
         for i in range(first_of_group[group], first_of_group[group + 1]):
             token_ids[i - first_of_group[0]] = _draw_row(row, top, keys[i - first_of_group[0]], temperatures[group])
@@ -133,7 +143,7 @@ def draw_among(
     for i in range(keys.size):
         best_score = -np.inf
         for j in range(token_ids.shape[1]):
-            score = log_scores[i, j] + noise_of(bits_of(keys[i], token_ids[i, j]))
+            score = log_scores[i, j] + _noise(_bits(keys[i], token_ids[i, j]))
             if score > best_score:
                 places[i], best_score = j, score
     return places
@@ -162,7 +172,7 @@ def log_mass_rows(
         if mask_of_sum[i] >= 0:
             _mask_row(row, masks[mask_of_sum[i]], scratch)
             row = scratch
-        log_masses[i] = _log_mass(row, highest(row), temperatures[i])
+        log_masses[i] = _log_mass(row, _highest(row), temperatures[i])
     return log_masses
 
 
@@ -172,7 +182,7 @@ def _log_mass(row: Float32s, top: np.float32, temperature: float) -> float:
         return np.float64(top)
     if temperature == 0.0:
         return 0.0 if top == 0.0 else math.copysign(np.inf, top)
-    return np.float64(top) / temperature + math.log(sum_of_exp(row, top, np.float32(1.0 / temperature)))
+    return np.float64(top) / temperature + math.log(_sum_of_exp(row, top, np.float32(1.0 / temperature)))
 
 
 @compiled()
@@ -190,7 +200,7 @@ def _draw_row(row: Float32s, top: np.float32, key: np.uint64, temperature: float
         best += 1
     if temperature == 0.0:
         return best
-    best_score = _score(row[best], top, temperature, bits_of(key, best))
+    best_score = _score(row[best], top, temperature, _bits(key, best))
     hurdle = np.float32(best_score) - _SLACK
     shrunk_inverse = np.float32(_SHRINK / temperature)
     for start in range(0, row.size, _BLOCK):
@@ -198,7 +208,7 @@ def _draw_row(row: Float32s, top: np.float32, key: np.uint64, temperature: float
         if not _any_reaches(row, start, stop, key, top, shrunk_inverse, hurdle):
             continue
         for v in range(start, stop):
-            bits = bits_of(key, v)
+            bits = _bits(key, v)
             if _ceiling(row[v], top, shrunk_inverse, bits) >= hurdle:
                 score = _score(row[v], top, temperature, bits)
                 if score > best_score or (score == best_score and v < best):
@@ -208,7 +218,7 @@ def _draw_row(row: Float32s, top: np.float32, key: np.uint64, temperature: float
 
 
 @compiled()
-def highest(row: Float32s) -> np.float32:
+def _highest(row: Float32s) -> np.float32:
     """The largest entry; NaN if any is; -inf for an empty row.
 
     Integers are compared, because a maximum of integers becomes vector instructions and one of floats does not: with
@@ -240,12 +250,12 @@ def _any_reaches(
 ) -> bool:
     n_reaching = np.int32(0)
     for v in range(start, stop):
-        n_reaching += np.int32(_ceiling(row[v], top, shrunk_inverse, bits_of(key, v)) >= hurdle)
+        n_reaching += np.int32(_ceiling(row[v], top, shrunk_inverse, _bits(key, v)) >= hurdle)
     return bool(n_reaching > 0)
 
 
 @compiled()
-def bits_of(key: np.uint64, token_id: int) -> np.uint64:
+def _bits(key: np.uint64, token_id: int) -> np.uint64:
     """64 random bits of a token under a key."""
     z = key + (np.uint64(token_id) + _ONE) * _GOLDEN
     z = (z ^ (z >> _SHIFT_1)) * _MULTIPLIER_1
@@ -262,19 +272,19 @@ def _ceiling(logprob: np.float32, top: np.float32, shrunk_inverse: np.float32, b
 
 @compiled()
 def _score(logprob: np.float32, top: np.float32, temperature: float, bits: np.uint64) -> float:
-    score: float = (np.float64(logprob) - np.float64(top)) / temperature + noise_of(bits)
+    score: float = (np.float64(logprob) - np.float64(top)) / temperature + _noise(bits)
     return score
 
 
 @compiled()
-def noise_of(bits: np.uint64) -> float:
+def _noise(bits: np.uint64) -> float:
     """The Gumbel noise that these bits stand for."""
     x = min((np.float64(np.int64(bits >> _ONE)) + 0.5) * 2.0**-63, 1.0 - 2.0**-53)
     return -math.log(-math.log1p(-x))
 
 
 @compiled(fastmath={"reassoc", "contract"})
-def sum_of_exp(row: Float32s, top: np.float32, inverse: np.float32) -> float:
+def _sum_of_exp(row: Float32s, top: np.float32, inverse: np.float32) -> float:
     """The sum of exp((entry - top) * inverse), no entry above `top`; to about 3e-7."""
     total = 0.0
     for start in range(0, row.size, _BLOCK):
@@ -301,3 +311,207 @@ def _exp(x: np.float32) -> np.float32:
     series = series * r + np.float32(1.0)
     power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
     return np.float32(series * power)
+
+
+# ---- filters
+
+
+@compiled()
+def draw_filtered(
+    rows: Float32s,
+    row_stride: int,
+    n_tokens: int,
+    row_of_draw: Int64s,
+    keys: npt.NDArray[np.uint64],
+    temperatures: npt.NDArray[np.float64],
+    top_ks: Int64s,
+    top_ps: npt.NDArray[np.float64],
+    min_ps: npt.NDArray[np.float64],
+    masks: npt.NDArray[np.bool_],
+    mask_of_draw: Int64s,
+) -> tuple[Int64s, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Draws from rows after temperature, min-p, top-k and top-p in this order, then under masks.
+
+    Each token has the noise that it has in `draw_rows`.
+
+    Args:
+        rows, row_stride, n_tokens, row_of_draw, keys, masks, mask_of_draw: As in `draw_rows`.
+        temperatures: As there; at 0 the filters see temperature 1, and the most probable allowed token is taken.
+        top_ks: (n,) int64, from n_tokens on: all.
+        top_ps: (n,) float64 in (0, 1], 1: all.
+        min_ps: (n,) float64 in [0, 1], 0: all.
+
+    Returns:
+        (n,) int64 tokens, -1 where none is possible, or one is NaN or +inf; (n,) float64, the log-probability of each
+        among what the filters kept and the mask allows; (n,) float64, the log of the part of what the filters kept
+        that the mask allows.
+    """
+    n_draws = keys.size
+    token_ids = np.full(n_draws, -1)
+    log_qs, log_masses = np.full(n_draws, -np.inf), np.full(n_draws, -np.inf)
+    maxima, found = _scratch(n_tokens)
+    for i in range(n_draws):
+        row = rows[row_of_draw[i] * row_stride : row_of_draw[i] * row_stride + n_tokens]
+        top = _highest(row)
+        if not -np.inf < top < np.inf:
+            continue
+        inverse = 1.0 if temperatures[i] == 0.0 else 1.0 / temperatures[i]
+        kept = _kept(row, top, inverse, top_ks[i], top_ps[i], min_ps[i], maxima, found)
+        total, allowed, first, best, best_score = 0.0, 0.0, 0.0, -1, -np.inf
+        for v in kept:
+            weight = (np.float64(row[v]) - np.float64(top)) * inverse
+            total += math.exp(weight)
+            if mask_of_draw[i] >= 0 and not masks[mask_of_draw[i], v]:
+                continue
+            if best < 0:
+                first = weight  # the highest: sums relative to it do not vanish
+            allowed += math.exp(weight - first)
+            score = weight + _noise(_bits(keys[i], v))
+            if best < 0 or (temperatures[i] > 0.0 and score > best_score):
+                best, best_score = v, score
+        if best >= 0:
+            token_ids[i] = best
+            if temperatures[i] == 0.0:
+                log_qs[i] = 0.0
+            else:
+                log_qs[i] = (np.float64(row[best]) - np.float64(top)) * inverse - first - math.log(allowed)
+            log_masses[i] = first + math.log(allowed) - math.log(total)
+    return token_ids, log_qs, log_masses
+
+
+@compiled()
+def top_rows(rows: Float32s, row_stride: int, n_rows: int, n_tokens: int, k: int) -> tuple[Int64s, Float32s]:
+    """The k highest entries of each row, highest first, of equals the lowest ids: (n, k) int64 and (n, k) float32.
+
+    Args:
+        rows: flat float32, as in `draw_rows`.
+        k: 1 to n_tokens.
+    """
+    token_ids, values = np.empty((n_rows, k), np.int64), np.empty((n_rows, k), np.float32)
+    maxima, found = _scratch(n_tokens)
+    for i in range(n_rows):
+        row = rows[i * row_stride : i * row_stride + n_tokens]
+        best = _best(row, k, maxima, found)
+        for place in range(k):
+            token_ids[i, place], values[i, place] = best[place], row[best[place]]
+    return token_ids, values
+
+
+@compiled()
+def _scratch(n_tokens: int) -> tuple[Int64s, Int64s]:
+    n_runs = (n_tokens + _RUN - 1) // _RUN
+    return np.empty(n_runs, np.int64), np.empty(n_tokens, np.int64)
+
+
+@compiled()
+def _kept(
+    row: Float32s,
+    top: np.float32,
+    inverse: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    maxima: Int64s,
+    found: Int64s,
+) -> Int64s:
+    """Tokens that the filters keep, most probable first, of equals the lowest ids; none of probability 0."""
+    lowest = math.log(min_p) if min_p > 0.0 else -np.inf
+    needed = -1.0  # mass that top-p asks for; of what the other filters keep, unless it is the only one
+    if top_k < row.size:
+        kept = _best(row, top_k, maxima, found)
+    elif min_p > 0.0:
+        # A little more than is kept: the comparison below is exact.
+        kept = _reaching(row, np.float32(top + lowest / inverse - 1e-3), maxima, found)
+    else:
+        needed = top_p * _sum_of_exp(row, top, np.float32(inverse)) if top_p < 1.0 else np.inf
+        depth = _FIRST_DEPTH
+        while True:
+            kept = _reaching(row, np.float32(top - depth / inverse), maxima, found)
+            if kept.size == row.size or depth == np.inf:
+                break
+            mass = 0.0
+            for v in kept:
+                mass += math.exp((np.float64(row[v]) - np.float64(top)) * inverse)
+            if mass >= needed:
+                break
+            depth = depth * 2.0 if depth < 64.0 else np.inf
+    n = 0
+    for v in kept:
+        weight = (np.float64(row[v]) - np.float64(top)) * inverse
+        if weight == -np.inf or weight < lowest:
+            break
+        n += 1
+    if top_p < 1.0:
+        if needed < 0.0:
+            total = 0.0
+            for v in kept[:n]:
+                total += math.exp((np.float64(row[v]) - np.float64(top)) * inverse)
+            needed = top_p * total
+        before, n_all = 0.0, n
+        n = 0
+        while n < n_all and (n == 0 or before < needed):
+            before += math.exp((np.float64(row[kept[n]]) - np.float64(top)) * inverse)
+            n += 1
+    most: Int64s = kept[:n]
+    return most
+
+
+@compiled()
+def _best(row: Float32s, k: int, maxima: Int64s, found: Int64s) -> Int64s:
+    """The k highest entries, highest first, of equals the lowest ids: they are in the k runs with the highest."""
+    _find_maxima(row, maxima)
+    hurdle = _LOWEST
+    if k <= maxima.size:
+        in_order = maxima.copy()
+        in_order.sort()
+        hurdle = np.int32(in_order[maxima.size - k])
+    best: Int64s = _sorted(row, hurdle, maxima, found)[:k]
+    return best
+
+
+@compiled()
+def _reaching(row: Float32s, threshold: np.float32, maxima: Int64s, found: Int64s) -> Int64s:
+    """The entries of at least so much, highest first, of equals the lowest ids."""
+    _find_maxima(row, maxima)
+    lowest = np.empty(1, np.float32)
+    lowest[0] = threshold
+    reaching: Int64s = _sorted(row, _rank(lowest.view(np.int32)[0]), maxima, found)
+    return reaching
+
+
+@compiled()
+def _find_maxima(row: Float32s, maxima: Int64s) -> None:
+    """The rank of the highest entry of each run. Integers are compared: their maximum becomes vector instructions."""
+    bits = row.view(np.int32)
+    for run in range(maxima.size):
+        most = _LOWEST
+        for v in range(run * _RUN, min((run + 1) * _RUN, row.size)):
+            most = max(most, bits[v] ^ ((bits[v] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        maxima[run] = most
+
+
+@compiled()
+def _sorted(row: Float32s, hurdle: np.int32, maxima: Int64s, found: Int64s) -> Int64s:
+    """Tokens of at least this rank. One integer holds a token's rank, turned over, above its id, and is what is sorted:
+    numba needs seconds to compile a partition or a stable sort.
+    """
+    bits = row.view(np.int32)
+    n = 0
+    for run in range(maxima.size):
+        if maxima[run] >= hurdle:
+            for v in range(run * _RUN, min((run + 1) * _RUN, row.size)):
+                rank = _rank(bits[v])
+                if rank >= hurdle:
+                    found[n] = ((-np.int64(rank) - 1) << 32) | v
+                    n += 1
+    in_order = found[:n]
+    in_order.sort()
+    for i in range(n):
+        in_order[i] &= 0xFFFFFFFF
+    return in_order
+
+
+@compiled()
+def _rank(bits: np.int32) -> np.int32:
+    """An integer that sorts as the float32 with these bits does."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))

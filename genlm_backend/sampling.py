@@ -32,6 +32,7 @@ from genlm_backend.parts import in_parts
 Mask = torch.Tensor | npt.NDArray[np.bool_]
 Masks = Mask | Sequence[Mask | None] | None
 
+_NUMBERS = (int, float, np.number)
 _COLDEST = 1e-30  # below, log-probabilities divided by it may overflow: there is no difference from 0 left
 _HOTTEST = 1e30  # above, likewise none from uniform
 _ROWS_OF_A_THREAD = 8  # a row takes 0.05 to 0.2 ms; a thread 0.1 ms to start
@@ -70,6 +71,7 @@ def prepare() -> None:
     for masks in (None, [torch.ones(2, dtype=torch.bool)]):
         draw(rows, [0], None, masks)
         log_mass(rows, masks)
+        draw_with_mass(rows, [0], [0], None, masks)
         draw_filtered(rows, [0], [0], [Kept(top_p=0.5)], None, masks)
 
 
@@ -217,12 +219,12 @@ def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         )
     if rows.device.type != "cpu":
         return _top_k_plainly(rows.float(), k)
-    from genlm_backend import filtered
+    from genlm_backend import race
 
     flat, stride = _flat(rows)
 
     def find_some(start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        found: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] = filtered.top_rows(
+        found: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] = race.top_rows(
             flat[start * stride :], stride, stop - start, rows.shape[1], k
         )
         return found
@@ -359,7 +361,7 @@ def draw_filtered(
         check_kept(one)
     if rows.device.type not in ("cpu", "mps"):
         return _draw_filtered_plainly(rows, keys, kept, asked)
-    from genlm_backend import filtered
+    from genlm_backend import race
 
     on_cpu = rows.cpu()
     flat, stride = _flat(on_cpu)
@@ -376,7 +378,7 @@ def draw_filtered(
 
     def draw_some(start: int, stop: int) -> Sequence[npt.NDArray[Any]]:
         some = [values[start:stop] for values in of_draw]
-        drawn: Sequence[npt.NDArray[Any]] = filtered.draw_filtered(
+        drawn: Sequence[npt.NDArray[Any]] = race.draw_filtered(
             flat, stride, n_tokens, *some, masks_once, asked.mask_of_draw[start:stop]
         )
         return drawn
@@ -395,9 +397,9 @@ def check_kept(kept: Kept) -> None:
     top_k, top_p, min_p = kept
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise InvalidQuery(f"top_k is {top_k!r}; expected 1 or more, or None for all tokens")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
+    if top_p is not None and not (isinstance(top_p, _NUMBERS) and 0.0 < top_p <= 1.0):
         raise InvalidQuery(f"top_p is {top_p!r}; expected above 0 and at most 1, or None")
-    if min_p is not None and not 0.0 <= min_p <= 1.0:
+    if min_p is not None and not (isinstance(min_p, _NUMBERS) and 0.0 <= min_p <= 1.0):
         raise InvalidQuery(f"min_p is {min_p!r}; expected 0 to 1, or None")
 
 
@@ -405,6 +407,15 @@ def _draw_filtered_plainly(
     rows: torch.Tensor, keys: Sequence[int], kept: Sequence[Kept], asked: _Asked
 ) -> FilteredDraws:
     """By torch, filter after filter: for GPUs, and the oracle of tests."""
+    n_at_once = max(1, _TOKENS_AT_ONCE // max(1, rows.shape[1]))
+    parts = [
+        _filtered_race(rows, keys[i : i + n_at_once], kept[i : i + n_at_once], asked.part(i, i + n_at_once))
+        for i in range(0, max(len(keys), 1), n_at_once)
+    ]
+    return FilteredDraws(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _filtered_race(rows: torch.Tensor, keys: Sequence[int], kept: Sequence[Kept], asked: _Asked) -> FilteredDraws:
     is_greedy = asked.temperatures == 0
     divisors = np.where(is_greedy, 1.0, asked.temperatures)
     q = rows.new_empty((len(keys), rows.shape[1]), dtype=torch.float32)
@@ -532,6 +543,11 @@ class _Asked(NamedTuple):
     temperatures: npt.NDArray[np.float64]
     masks: torch.Tensor
     mask_of_draw: npt.NDArray[np.int64]
+
+    def part(self, start: int, stop: int) -> _Asked:
+        """That of some of the draws."""
+        some = slice(start, stop)
+        return _Asked(self.row_of_draw[some], self.temperatures[some], self.masks, self.mask_of_draw[some])
 
 
 def _draw_compiled(rows: torch.Tensor, keys: Sequence[int], asked: _Asked) -> torch.Tensor:

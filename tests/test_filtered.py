@@ -102,6 +102,15 @@ def test_a_whole_vocabulary():
         torch.testing.assert_close(compiled.log_qs, plain.log_qs, atol=1e-5, rtol=0)
 
 
+def test_the_plain_ones_in_parts_are_the_same(monkeypatch):
+    rows, masks, keys = some_rows(300, 3), some_masks(8, 300, 3), list(range(8))
+    asked = sampling._checked(rows, keys, [0.7] * 8, masks, range(8))
+    whole = sampling._draw_filtered_plainly(rows, keys, KEPT[3:11], asked)
+    monkeypatch.setattr(sampling, "_TOKENS_AT_ONCE", 1000)
+    parts = sampling._draw_filtered_plainly(rows, keys, KEPT[3:11], asked)
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+
+
 def test_a_wrong_filter_is_noticed():
     """The check itself: other filters, or filters after the mask, give other tokens."""
     rows, keys = some_rows(300, 1)[2:3].expand(200, 300), list(range(200))
@@ -159,7 +168,7 @@ def test_no_draws_and_layouts():
 
 @pytest.mark.parametrize(
     "kept", [Kept(0), Kept(-1), Kept(True), Kept(1.5), Kept(None, 0.0), Kept(None, 1.1), Kept(None, math.nan),
-             Kept(None, None, -0.1), Kept(None, None, 1.1), Kept(None, None, math.nan)]
+             Kept(None, "0.9"), Kept(None, None, -0.1), Kept(None, None, 1.1), Kept(None, None, math.nan)]
 )  # fmt: skip
 def test_filters_that_have_no_meaning_are_refused(kept):
     with pytest.raises(InvalidQuery, match=r"(top_k|top_p|min_p) is"):

@@ -42,6 +42,22 @@ def test_what_a_part_raises_reaches_the_caller_when_all_have_ended(monkeypatch, 
     assert threading.active_count() == n_before
 
 
+def test_without_more_threads_everything_is_done_by_the_caller(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    start, n_started = threading.Thread.start, []
+
+    def fails_from_the_second_on(thread: threading.Thread) -> None:
+        n_started.append(thread)
+        if len(n_started) > 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fails_from_the_second_on)
+    assert in_parts(40, 10, lambda start, stop: list(range(start, stop))) == [
+        list(range(i, i + 10)) for i in (0, 10, 20, 30)
+    ]
+
+
 def test_draws_and_filters_do_not_depend_on_the_number_of_threads(monkeypatch):
     random = torch.Generator().manual_seed(0)
     rows = (torch.randn(60, 700, generator=random) * 3).log_softmax(1)

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import genlm_backend.errors
-from genlm_backend import filtered, race, sampling
+from genlm_backend import race, sampling
 from genlm_backend.errors import InvalidQuery
 
 PACKAGE = Path(genlm_backend.errors.__file__).parent
@@ -296,7 +296,7 @@ def test_draws_work_where_no_folder_can_be_written(tmp_path: Path):
     output = run_python(
         """
         import sys, torch
-        from genlm_backend import filtered, race, sampling
+        from genlm_backend import race, sampling
         assert race._draw_row._cache.__class__.__name__ == "NullCache"
         rows = torch.randn(50, 2_000, generator=torch.Generator().manual_seed(0))
         sys.stdout.write(str(torch.equal(sampling.draw(rows, range(50)), sampling.draw_plainly(rows, range(50)))))
@@ -653,11 +653,13 @@ def test_prepare_compiles_what_later_draws_use() -> None:
     sampling.draw(rows, [1, 2, 3], [1.0, 0.5, 0.0], [None, torch.ones(100, dtype=torch.bool), None])
     sampling.log_mass(rows)
     assert len(race.draw_rows.signatures) == n_before
-    n_before = len(filtered.draw_filtered.signatures)
-    assert n_before
+    kernels = (race.draw_filtered, race.draw_with_mass_rows)
+    n_before = [len(kernel.signatures) for kernel in kernels]
+    assert all(n_before)
     some = [None, torch.ones(100, dtype=torch.bool), None]
     sampling.draw_filtered(rows, [0, 1, 2], [1, 2, 3], [sampling.Kept(5)] * 3, [1.0, 0.5, 0.0], some)
-    assert len(filtered.draw_filtered.signatures) == n_before
+    sampling.draw_with_mass(rows, [0, 0, 2], [1, 2, 3], [1.0, 0.5, 0.0], some)
+    assert [len(kernel.signatures) for kernel in kernels] == n_before
 
 
 @pytest.mark.parametrize("n_tokens", [64, 1000, 4100])

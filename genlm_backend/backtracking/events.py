@@ -79,7 +79,8 @@ class Outcome(NamedTuple):
         log_weight: See the top of `walk`; None where there is none; -inf at a dead end.
         n_undos: How often tokens were taken back.
         n_draws: How many tokens were drawn, rejected ones included.
-        n_prefixes: How many different prefixes were asked of the model: what an uncached engine computes.
+        n_prefixes: How many different prefixes were asked of the model, guesses included; these depend on what else
+            runs.
         events: All of them.
         state: Of the rules at the end, to go on from with `walk(..., state=...)`.
     """

@@ -42,7 +42,7 @@ class Guesses:
         self._most = most
         self._n_right = [_PRIOR_WEIGHT * right for right in _RIGHT_BEFORE]
         self._n_made = [_PRIOR_WEIGHT] * len(_RIGHT_BEFORE)
-        self._last: tuple[int, list[_Guess]] = (0, [])
+        self._last: tuple[list[int], list[_Guess]] = [], []  # after which tokens guesses were made last, and which
 
     def after(
         self,
@@ -51,7 +51,7 @@ class Guesses:
         foreseen: Sequence[int],
         ends: Collection[int],
         n_room: int,
-        n_walks: int,
+        n_walks: float,
     ) -> list[int]:
         """Tokens that are worth asking about along with what follows `ids`.
 
@@ -61,7 +61,7 @@ class Guesses:
             foreseen: By its rules.
             ends: No guess is one of these, or comes after one.
             n_room: At most so many.
-            n_walks: How many ask the same model.
+            n_walks: How many share a forward pass.
         """
         self._learn(ids)
         guesses = [_Guess(token_id, _FORESEEN) for token_id in foreseen]
@@ -69,10 +69,10 @@ class Guesses:
             width, found = looked_up([*prompt, *ids, *foreseen], self._most)
             guesses += [_Guess(token_id, min(width + i, _LONGEST)) for i, token_id in enumerate(found)]
         guesses = list(itertools.takewhile(lambda guess: guess.token_id not in ends, guesses[:n_room]))
-        self._last = len(ids), guesses
+        self._last = list(ids), guesses
         return [guess.token_id for guess in self._worth(guesses, n_walks)]
 
-    def _worth(self, guesses: Sequence[_Guess], n_walks: int) -> Iterator[_Guess]:
+    def _worth(self, guesses: Sequence[_Guess], n_walks: float) -> Iterator[_Guess]:
         right = 1.0
         for guess in guesses:
             right *= self._n_right[guess.kind] / self._n_made[guess.kind]
@@ -81,9 +81,11 @@ class Guesses:
             yield guess
 
     def _learn(self, ids: Sequence[int]) -> None:
-        """Compare what was guessed last with what came; what follows a wrong guess teaches nothing."""
-        start, guesses = self._last
-        for guess, token_id in zip(guesses, ids[start:], strict=False):
+        """Compare the last guesses with what came; what was taken back, or follows a wrong one, teaches nothing."""
+        before, guesses = self._last
+        if list(ids[: len(before)]) != before:
+            return
+        for guess, token_id in zip(guesses, ids[len(before) :], strict=False):
             self._n_made[guess.kind] += 1
             if guess.token_id != token_id:
                 return

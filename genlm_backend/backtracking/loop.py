@@ -54,7 +54,7 @@ class Loop:
         self._n_healed = 0
         self._accepts_all = False
         self._n_coins = 0
-        self._masses: list[float] = []  # the mass left at each draw at the cursor, in mode `mask`
+        self._log_masses: list[float] = []  # of what was left at each draw at the cursor, in mode `mask`
         self._first: tuple[Path, str, int] | None = None
         self._final_before_end = 0
 
@@ -83,7 +83,7 @@ class Loop:
     async def _stepped(self) -> list[Event]:
         path = self.cursor.path
         if not self._accepts_all and self._set.budget.is_spent(
-            self.cursor.n_undos, self.proposal.n_draws, self.proposal.n_prefixes
+            self.cursor.n_undos, self.proposal.n_draws, self.proposal.n_reached
         ):
             raise _Exhausted("budget")
         if len(path.ids) >= self._set.max_new_tokens:
@@ -97,7 +97,7 @@ class Loop:
         if isinstance(drawn, Undo | Splice):
             return await self._applied(self._effective(drawn))
         if self._set.mode == "mask":
-            self._masses.append(math.exp(drawn.log_mass))
+            self._log_masses.append(drawn.log_mass)
         return await self._appended(drawn)
 
     async def _appended(self, drawn: Drawn) -> list[Event]:
@@ -110,7 +110,7 @@ class Loop:
         if self._set.weighs_tokens and not objects(verdict):
             path.log_masses[-1] = await self._log_mass_by_second_draw()
         if not objects(verdict):
-            self._masses.clear()
+            self._log_masses.clear()
         piece = self._set.llm.byte_vocab[drawn.token_id].byte_string
         ended = "eos" if drawn.token_id in self._set.eos else ""
         if isinstance(verdict, Keep):
@@ -200,7 +200,7 @@ class Loop:
         retract = self.cursor.retract(length, why)
         self._pending.clear()
         self._splice = None
-        self._masses = self._masses if retract.n == 1 and self._set.mode == "mask" else []
+        self._log_masses = self._log_masses if retract.n == 1 and self._set.mode == "mask" else []
         return retract
 
     # ---- the end
@@ -220,7 +220,6 @@ class Loop:
         self._final_before_end = self.cursor.n_final
         self.cursor.n_final = len(self.cursor.path.ids)
         self.end = End(reason, cut, self.cursor.n_final)
-        self.proposal.rest()
         return [self.end]
 
     def _given_up(self, reason: str) -> list[Event]:
@@ -269,8 +268,9 @@ class Loop:
             mask = rule.allowed(before.state) if rule.masks else None
             dist = await self.proposal.distribution(before)
             _, log_mass = alive_scores(dist, cursor.node(n_tokens - 1), mask)
-            self._masses.append(math.exp(log_mass))
-        return -math.log(sum(1 / mass for mass in self._masses))
+            self._log_masses.append(log_mass)
+        lowest = min(self._log_masses)  # masses themselves may be too small for a float
+        return lowest - math.log(sum(math.exp(lowest - log_mass) for log_mass in self._log_masses))
 
     # ---- for these
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections import OrderedDict
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -36,8 +36,8 @@ _SUPPORTS_KEPT = 64
 _LOG_GONE = math.log(tree.GONE)
 _MOST_FORESEEN = 16  # tokens without an alternative that are asked about at once
 
-_ASKING: WeakKeyDictionary[AsyncLM, WeakSet[Proposal]] = WeakKeyDictionary()
-"""Those of walks under way: they share the forward passes of their model."""
+_ASKED: WeakKeyDictionary[AsyncLM, int] = WeakKeyDictionary()
+"""How often walks asked a model about a new prefix."""
 
 
 class Proposal:
@@ -51,15 +51,24 @@ class Proposal:
         self._set = settings
         self.n_draws = 0
         self._names: dict[tuple[int, int], int] = {}
-        self._asked: set[int] = set()
+        self._asked: set[int] = set()  # names of prefixes, guesses among them
+        self._reached: set[int] = set()  # without the guesses that the walk never came to
         self._wide: set[int] = set()  # names of prefixes at which the filters are lifted
         self._known: OrderedDict[int, Distribution] = OrderedDict()
         self._guesses = Guesses(settings.speculate)
+        self._last_asked: tuple[int, int] | None = None  # how often the model was asked then, and in how many batches
+        self._n_refused = 0  # of the tokens that were drawn without a mask
+        self._n_unmasked = 0
 
     @property
     def n_prefixes(self) -> int:
-        """How many different prefixes were asked of the model."""
+        """How many different prefixes were asked of the model, guesses included."""
         return len(self._asked)
+
+    @property
+    def n_reached(self) -> int:
+        """How many different prefixes the walk itself asked about: the same, whatever was guessed."""
+        return len(self._reached)
 
     def name(self, parent: int, token_id: int) -> int:
         """A number for a prefix, the same whenever the walk is there."""
@@ -72,10 +81,6 @@ class Proposal:
         self._wide.add(name)
         self._known.pop(name, None)
         return True
-
-    def rest(self) -> None:
-        """Its walk is at its end, and asks the model no more for now."""
-        _ASKING.get(self._set.llm, WeakSet()).discard(self)
 
     async def drawn(self, prefix: Prefix, node: tree.Node, is_masked: bool) -> Drawn | Undo | Splice | None:
         """A token after a prefix, or what a rule that chooses does instead; None if no token is left.
@@ -94,10 +99,10 @@ class Proposal:
             return None
         if self._set.rule.chooses:
             return await self._chosen(dist, scores, prefix)
-        self.n_draws += 1
-        i = draw(dist, scores, None if self._set.filters.is_greedy else self._key())
+        i = draw(dist, scores, None if self._set.filters.is_greedy else self._key(self.n_draws + 1))
         if i is None:
             return None
+        self.n_draws += 1
         token_id = i if dist.token_ids is None else int(dist.token_ids[i])
         log_q = float(dist.log_q[i])
         return Drawn(token_id, float(dist.logprobs[i]), log_q, math.exp(log_q), dist, log_mass)
@@ -136,17 +141,23 @@ class Proposal:
         """The common case: no row leaves the engine, and a batch is drawn at once.
 
         The noise of a token is the same under a mask and without one, so a token that is drawn without and allowed is
-        the one that is drawn under it. Where the rules tell that of one token, the mask is made only if it is not.
+        the one that is drawn under it. Where the rules tell that of one token, the mask is made only if it is not, or
+        if most were not before. The first draw has its mask, so that a constraint that has none is refused at once.
         """
-        self.n_draws += 1
-        rule, key = self._set.rule, self._key()
-        if not is_masked:
-            return await self._asked_to_draw(prefix, key, None)
-        if rule.tells and not self._set.weigh:
+        rule, key = self._set.rule, self._key(self.n_draws + 1)
+        drawn = None
+        is_lazy = is_masked and rule.tells and not self._set.weigh and self.n_draws > 0
+        if not is_masked or (is_lazy and 2 * self._n_refused <= self._n_unmasked):
             drawn = await self._asked_to_draw(prefix, key, None)
-            if drawn is None or rule.allows(prefix.state, drawn.token_id):
-                return drawn
-        return await self._asked_to_draw(prefix, key, rule.allowed(prefix.state))
+            if is_masked and drawn is not None:
+                self._n_unmasked += 1
+                if not rule.allows(prefix.state, drawn.token_id):
+                    self._n_refused += 1
+                    drawn = None
+        if is_masked and drawn is None:
+            drawn = await self._asked_to_draw(prefix, key, rule.allowed(prefix.state))
+        self.n_draws += drawn is not None
+        return drawn
 
     async def _asked_to_draw(self, prefix: Prefix, key: int, mask: BoolRow | None) -> Drawn | None:
         temperature, top_k, top_p, min_p = self._set.filters
@@ -175,8 +186,8 @@ class Proposal:
         logprob = math.nan if i is None else float(dist.logprobs[i])
         return Drawn(int(choice), -math.inf if math.isnan(logprob) else logprob, math.nan, 0.0, dist)
 
-    def _key(self) -> int:
-        return sampling.draw_key(self._set.seed, self._set.lineage, self.n_draws, "walk")
+    def _key(self, n: int) -> int:
+        return sampling.draw_key(self._set.seed, self._set.lineage, n, "walk")
 
     # ---- asking the model
 
@@ -185,6 +196,7 @@ class Proposal:
         whole, name = [*self._set.prompt, *prefix.ids], prefix.name
         guess = [] if name in self._asked else self._guess(prefix)
         self._asked.add(name)
+        self._reached.add(name)
         if not guess:
             return await self._set.llm.query(whole, query, self._set.adapter)
         for token_id in guess:
@@ -202,12 +214,20 @@ class Proposal:
 
     def _guess(self, prefix: Prefix) -> list[int]:
         """Tokens that may follow and are worth asking about: what a rule foresees, then what is looked up."""
-        asking = _ASKING.setdefault(self._set.llm, WeakSet())
-        asking.add(self)
+        llm = self._set.llm
+        _ASKED[llm] = _ASKED.get(llm, 0) + 1
         is_masked = self._set.mode == "mask"
         foreseen = list(self._set.rule.foreseen(prefix.state)[:_MOST_FORESEEN]) if is_masked else []
+        if not foreseen and not self._set.speculate:
+            return []
         n_room = self._set.max_new_tokens - len(prefix.ids) - 1
-        return self._guesses.after(self._set.prompt, prefix.ids, foreseen, self._set.eos, n_room, len(asking))
+        return self._guesses.after(self._set.prompt, prefix.ids, foreseen, self._set.eos, n_room, self._n_walks())
+
+    def _n_walks(self) -> float:
+        """How many walks share a forward pass of the model, as far as was seen since this one guessed last."""
+        now = _ASKED[self._set.llm], self._set.llm.statistics().batches
+        before, self._last_asked = self._last_asked or now, now
+        return max(1.0, (now[0] - before[0]) / max(1, now[1] - before[1]))
 
     async def _log_normalizer(self, prefix: Prefix) -> float:
         try:

@@ -23,6 +23,7 @@ Everything else is optional, and costs nothing where it is not overridden:
 
     end(state)              verdict when the text ends for lack of room, not by a token
     allowed(state)          (vocab,) bool: tokens outside would get an Undo(1); mode `mask` never draws them
+    allows(state, token_id) whether `allowed` has this token, where that is told faster than the row is made
     warp(state, row)        reshape the log-probabilities, after temperature and before top-k, top-p and min-p
     reweigh(state, row)     reshape them after these filters
     choose(state, choices)  awaited instead of drawing: a person, a judge, a policy; gives a token, an Undo or a Splice
@@ -281,8 +282,12 @@ class Rule(ABC, Generic[S]):
 
     @property
     def tells(self) -> bool:
-        """Whether it tells of one token faster than of all if it is allowed."""
-        return type(self).allows is not Rule.allows
+        """Whether it tells of one token faster than of all if it is allowed.
+
+        A class that overrides `allowed` alone is asked for that: what it inherits as `allows` is about another row.
+        """
+        defines = [{"allows", "allowed"} & vars(cls).keys() for cls in type(self).__mro__ if cls is not Rule]
+        return "allows" in next(filter(None, defines), ())
 
     @property
     def forbids(self) -> bool:

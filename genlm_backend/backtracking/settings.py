@@ -21,7 +21,8 @@ class Budget(NamedTuple):
     Attributes:
         undos: Times that tokens are taken back.
         draws: Tokens drawn in all, rejected ones included.
-        prefixes: Different prefixes asked of the model, guesses included; each costs at most one token computed.
+        prefixes: Different prefixes that the walk asked the model about, each at most one token computed; guesses,
+            which depend on what else runs, do not count.
     """
 
     undos: int | None = 1000

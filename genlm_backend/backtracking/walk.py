@@ -120,7 +120,7 @@ def walk(
             is as many as the rules can reach, one rollback after another; that is all of them for most rules that take
             back more than one token, and the length of the partial match for phrases.
         speculate: With each new prefix, ask also for up to so many of its continuations, as they stood in the text or
-            prompt before; what a grammar forces is always asked along. The text stays the same; where it repeats
+            prompt before; what a grammar forces is asked along without this. The text stays the same; where it repeats
             itself, forward passes are saved. Good on an engine that computes a batch as one tree (`AsyncTransformer`).
             Of many walks each asks only for what is almost sure to come.
         state: Of the rules at the prompt: the `state` of an outcome that this walk continues.

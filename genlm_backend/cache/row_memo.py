@@ -29,7 +29,7 @@ class RowMemo:
     Safe to use from several threads. Whoever gets a row from here must not change it.
 
     Args:
-        budget_bytes: Most bytes of rows to keep; 0 keeps none.
+        budget_bytes: Most bytes of rows to keep, the newest block apart; 0 keeps none.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -52,12 +52,12 @@ class RowMemo:
             return Block(logprobs[row : row + 1], [log_normalizers[row]])
 
     def put(self, keys: Sequence[Hashable], rows: Sequence[int], block: Block) -> None:
-        """Keep a block; `keys[i]` names its row `rows[i]`. A block larger than the budget is not kept."""
+        """Keep a block; `keys[i]` names its row `rows[i]`. One larger than the budget is kept alone, until the next."""
         n_bytes = block.logprobs.numel() * block.logprobs.element_size()
-        if n_bytes > self.budget_bytes or not keys:
+        if not self.budget_bytes or not keys:
             return
         with self._lock:
-            while self.n_bytes + n_bytes > self.budget_bytes:
+            while self._blocks and self.n_bytes + n_bytes > self.budget_bytes:
                 self._forget_oldest()
             block_id = self._next_id
             self._next_id += 1

@@ -135,6 +135,7 @@ def check_query(query: object, n_vocab: int) -> Query:
                 _check_k(top_k, n_vocab, "the top_k of Draw")
             sampling.check_kept(sampling.Kept(None, top_p, min_p))
             checked = None if mask is None else _checked_mask(mask, n_vocab)
+            top_k, top_p, min_p = None if top_k == n_vocab else top_k, None if top_p == 1 else top_p, min_p or None
             return Draw(int(key), float(temperature), checked, top_k, top_p, min_p)
         case TopK(k):
             _check_k(k, n_vocab, "the k of TopK")
@@ -258,11 +259,13 @@ def _log_wholes(logprobs: torch.Tensor, rows: list[int], queries: list[Draw], lo
     """Log of the sum of p ** (1 / temperature) over all tokens: 0 at temperature 1, known where nothing is masked."""
     wholes = [0.0 if query.temperature == 1 else total for query, total in zip(queries, log_totals, strict=True)]
     of = [i for i, query in enumerate(queries) if query.mask is not None and query.temperature not in (0, 1)]
-    if of:
-        some = _rows(logprobs, [rows[i] for i in of])
-        sums = sampling.log_mass(some, None, [queries[i].temperature for i in of]).tolist()
-        for i, value in zip(of, sums, strict=True):
-            wholes[i] = value
+    different = list(dict.fromkeys((rows[i], queries[i].temperature) for i in of))
+    if different:
+        some = _rows(logprobs, [row for row, _ in different])
+        sums = sampling.log_mass(some, None, [temperature for _, temperature in different]).tolist()
+        of_both = dict(zip(different, sums, strict=True))
+        for i in of:
+            wholes[i] = of_both[rows[i], queries[i].temperature]
     return wholes
 
 

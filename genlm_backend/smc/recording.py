@@ -132,9 +132,9 @@ def _named(query: Query) -> str:
     match query:
         case Row() | LogNormalizer() | TopK() | Logprobs():
             return repr(query)
-        case Draw(key, temperature, mask, top_k):
-            of_best = "" if top_k is None else f", {top_k}"
-            return f"Draw({key}, {temperature}, {_digest(mask)}{of_best})"
+        case Draw(key, temperature, mask, top_k, top_p, min_p):
+            filters = "" if query.kept is None else f", {top_k}, {top_p}, {min_p}"
+            return f"Draw({key}, {temperature}, {_digest(mask)}{filters})"
     return f"{type(query).__name__}({_digest(query[0])})"
 
 

@@ -14,7 +14,7 @@ import pytest
 from genlm_backend.backtracking import Budget, StopStrings, walk
 from genlm_backend.backtracking.distribution import Filters, from_row
 from genlm_backend.backtracking.grammar_rule import GrammarRule
-from genlm_backend.errors import InvalidQuery
+from genlm_backend.errors import InvalidQuery, UnsupportedGrammar
 from genlm_backend.potentials import StringSet
 from genlm_backend.testing import FakeEngine, fake_language_model
 from tests.backtracking.toy import Toy
@@ -225,4 +225,37 @@ async def test_a_mask_is_made_only_for_draws_that_leave_the_set_and_changes_no_t
     (texts, n_masks, n_tokens), (same, n_always, _) = made[GrammarRule], made[MasksAlways]
     assert texts == same
     assert n_always >= n_tokens
-    assert 0 < n_masks < n_always
+    assert 0 < n_masks <= n_always - (filters.get("temperature") != 0), "greedy walks here are refused too often"
+
+
+class NoOnes(GrammarRule):
+    """Overrides the row alone: what it inherits as `allows` does not know of it."""
+
+    def allowed(self, state: Any) -> Any:
+        row = super().allowed(state)
+        row[1] = False
+        return row
+
+
+async def test_a_rule_that_overrides_its_row_alone_is_asked_for_the_row():
+    async with fake_language_model(FakeEngine(n_logits=4), n_vocab=4) as llm:
+        assert GrammarRule(StringSet(llm, TEXTS)).tells and not NoOnes(StringSet(llm, TEXTS)).tells
+        options = {"max_new_tokens": 4, "mode": "mask", "eos": [EOS]}
+        walks = [walk(llm, PROMPT, [NoOnes(StringSet(llm, TEXTS))], seed=i, **options) for i in range(40)]
+        assert all(1 not in one.token_ids for one in await asyncio.gather(*walks))
+
+
+class Maskless(StringSet):
+    """Like lark's parser: it tells of a token, not of all."""
+
+    def mask(self, state: Any) -> Any:
+        raise UnsupportedGrammar("test", "no masks", "check instead of masking")
+
+
+async def test_a_constraint_without_masks_is_refused_before_anything_is_drawn():
+    async with fake_language_model(FakeEngine(n_logits=4), n_vocab=4) as llm:
+        for seed in range(20):
+            one = walk(llm, PROMPT, [GrammarRule(Maskless(llm, TEXTS))], seed=seed, mode="mask", eos=[EOS])
+            with pytest.raises(UnsupportedGrammar):
+                await one
+            assert one.n_draws == 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genlm_backend.backtracking import Budget, GrammarRule, phrases, proposal, walk
+from genlm_backend.backtracking import Budget, GrammarRule, phrases, walk
 from genlm_backend.backtracking.guessing import PASS_IN_ROWS, Guesses, looked_up
 from genlm_backend.errors import InvalidQuery
 from genlm_backend.llm.hf.model import AsyncTransformer
@@ -127,14 +126,27 @@ async def test_many_walks_ask_about_fewer_guesses_than_one():
             walks = (walk(llm, [0], max_new_tokens=30, eos=[5], seed=i, speculate=4) for i in range(n_walks))
             said = await asyncio.gather(*walks)
             n_guesses[n_walks] = sum(one.n_prefixes - 30 for one in said) / n_walks
-            assert not proposal._ASKING[llm], "walks that are over do not count"
-            left = walk(llm, [0], max_new_tokens=30, eos=[5], seed=0, speculate=4)
-            await left.advance()
-            assert len(proposal._ASKING[llm]) == 1
-            del left
-            gc.collect()
-            assert not proposal._ASKING[llm], "nor do those that nobody goes on with"
     assert n_guesses[30] < n_guesses[1] / 2
+
+
+async def test_what_else_runs_does_not_change_where_a_budget_ends_a_text():
+    likely = {"otherwise": {"a": 1.0}, "a": {"a": 0.4, "b": 0.2, "c": 0.2, "d": 0.2}}
+    texts = set()
+    for n_walks in (1, 30):
+        async with speaker(VOCAB, chooser(**likely)) as llm:
+            options = {"max_new_tokens": 30, "eos": [5], "speculate": 4, "budget": Budget(prefixes=12)}
+            said = await asyncio.gather(*(walk(llm, [0], seed=i, **options) for i in range(n_walks)))
+            assert said[0].reason == "budget" and said[0].n_prefixes > 12
+            texts.add(said[0].text)
+    assert len(texts) == 1
+
+
+def test_what_was_taken_back_teaches_nothing():
+    guesses = Guesses(0)
+    for _ in range(40):
+        asked_after(guesses, [1, 2, 3], 10**6, (7, 7))
+        asked_after(guesses, [1, 4, 4, 8], 10**6, (7, 7))
+    assert guesses._n_made == Guesses(0)._n_made
 
 
 async def test_what_is_taken_back_is_looked_up_again():

@@ -7,6 +7,7 @@ import math
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from genlm_backend.errors import (
     ParticleFailed,
     ReplayMismatch,
 )
+from genlm_backend.llm.queries import Draw
 from genlm_backend.llm.queries import TopK as TopTokensQuery
 from genlm_backend.smc import (
     Bernoulli,
@@ -33,6 +35,7 @@ from genlm_backend.smc import (
     smc,
     strict,
 )
+from genlm_backend.smc.recording import _named
 from genlm_backend.testing import FakeEngine, check_idle, fake_language_model
 from tests.smc.oracle import ROW, ChainParticle, chain
 
@@ -230,6 +233,15 @@ async def test_islands_that_died_out_stay_dead_when_the_others_go_on():
 async def test_islands_are_not_recorded_together():
     with pytest.raises(InvalidProgram, match="one recording"):
         await islands(chain(3), 2, 2, recording=Recording())
+
+
+def test_draws_that_differ_in_any_way_are_recorded_apart():
+    mask = np.array([True, False, True])
+    values = {"key": [2], "temperature": [0.5], "mask": [mask, ~mask], "top_k": [1, 2], "top_p": [0.5, 0.9]}
+    values |= {"min_p": [0.5, 0.9]}
+    assert set(values) == set(Draw._fields), "a field that is missing here may be missing in the recording"
+    draws = [Draw(1), *(Draw(1)._replace(**{name: value}) for name, some in values.items() for value in some)]
+    assert len({_named(draw) for draw in draws}) == len(draws)
 
 
 async def test_a_recorded_run_is_repeated_without_model_and_randomness(tmp_path):
