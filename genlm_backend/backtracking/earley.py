@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import regex
 
-from genlm_backend.errors import BackendUnavailable, GrammarTooComplex, InvalidGrammar
+from genlm_backend.errors import BackendUnavailable, GrammarTooComplex, InvalidGrammar, UnsupportedGrammar
 
 if TYPE_CHECKING:
     import lark
@@ -63,6 +63,7 @@ class Earley:
 
     Raises:
         InvalidGrammar: It is none.
+        UnsupportedGrammar: It declares terminals without a pattern.
         GrammarTooComplex: lark takes longer than that, or it nests too deeply for lark.
         BackendUnavailable: lark is not installed.
     """
@@ -72,6 +73,10 @@ class Earley:
         self._lark = _loaded(source, folder, self.clock)
         self.terminals = {terminal.name: terminal.pattern for terminal in self._lark.terminals}
         self.ignored = frozenset(self._lark.ignore_tokens)
+        used = {part.name for rule in self._lark.rules for part in rule.expansion if part.is_term}
+        if declared := sorted(used - self.terminals.keys()):
+            hint = "define them: no text can be read by a terminal without a pattern"
+            raise UnsupportedGrammar(KIND, f"%declare of {', '.join(declared)}", hint)
         earley: Any = self._lark.parser.parser
         self._expressions = earley.term_matcher.__self__.regexps
         earley.Set = _ticking(earley.Set, self.clock)

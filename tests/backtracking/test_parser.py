@@ -127,6 +127,14 @@ def test_a_terminal_that_looks_around_is_refused_by_name(rule: str) -> None:
         load_parser(rule + "A: /a(?=b)b/\n")
 
 
+def test_terminals_that_are_only_declared_are_refused_by_name() -> None:
+    for more in ("", "y{t}: t\nz: y{A}\n"):  # for llguidance too, and for lark alone
+        with pytest.raises(UnsupportedGrammar, match="%declare of INDENT, UNDER"):
+            load_parser(f"%declare UNDER INDENT\nstart: A UNDER INDENT\nA: \"a\"\n{more}")
+    unused = load_parser('%declare INDENT\nstart: A\nA: "a"\n')
+    assert unused.is_valid("a")
+
+
 def test_strings_of_larks_library_are_read_though_they_look_behind() -> None:
     rule = 'start: _list{ESCAPED_STRING}\n_list{x}: x ("," x)*\n%import common.ESCAPED_STRING\n'
     parser = load_parser(rule)
