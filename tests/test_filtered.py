@@ -13,6 +13,8 @@ from genlm_backend import sampling
 from genlm_backend.errors import InvalidQuery
 from genlm_backend.sampling import Kept
 
+pytestmark = pytest.mark.thorough
+
 KEPT = [
     Kept(),
     Kept(top_k=1),

@@ -130,7 +130,7 @@ def test_a_terminal_that_looks_around_is_refused_by_name(rule: str) -> None:
 def test_terminals_that_are_only_declared_are_refused_by_name() -> None:
     for more in ("", "y{t}: t\nz: y{A}\n"):  # for llguidance too, and for lark alone
         with pytest.raises(UnsupportedGrammar, match="%declare of INDENT, UNDER"):
-            load_parser(f"%declare UNDER INDENT\nstart: A UNDER INDENT\nA: \"a\"\n{more}")
+            load_parser(f'%declare UNDER INDENT\nstart: A UNDER INDENT\nA: "a"\n{more}')
     unused = load_parser('%declare INDENT\nstart: A\nA: "a"\n')
     assert unused.is_valid("a")
 
