@@ -17,6 +17,8 @@ from genlm_backend.testing import check_idle
 from tests.backtracking import toy
 from tests.backtracking.speaker import chooser, speaker
 
+pytestmark = pytest.mark.thorough
+
 VOCAB = [b"<p>", b"a", b"b", b"c", b"d", b"<eos>"]
 CYCLE = {"otherwise": {"a": 1.0}, "a": {"b": 1.0}, "b": {"c": 1.0}, "c": {"d": 1.0}}
 
