@@ -128,8 +128,13 @@ def test_a_wrong_filter_is_noticed():
 
 def test_the_batch_decides_nothing():
     rows, masks = some_rows(300, 2), some_masks(3, 300, 2)
-    draws = [(row, key, kept, t, mask) for row in range(8) for key, kept in enumerate(KEPT) for t in (0.0, 0.7)
-             for mask in (None, masks[row % 3])]  # fmt: skip
+    draws = [
+        (row, key, kept, t, mask)
+        for row in range(8)
+        for key, kept in enumerate(KEPT)
+        for t in (0.0, 0.7)
+        for mask in (None, masks[row % 3])
+    ]
     row_of_draw, keys, kept, temperatures, some = map(list, zip(*draws, strict=True))
     together = sampling.draw_filtered(rows, row_of_draw, keys, kept, temperatures, some)
     for i in range(0, len(draws), 7):
@@ -169,9 +174,21 @@ def test_no_draws_and_layouts():
 
 
 @pytest.mark.parametrize(
-    "kept", [Kept(0), Kept(-1), Kept(True), Kept(1.5), Kept(None, 0.0), Kept(None, 1.1), Kept(None, math.nan),
-             Kept(None, "0.9"), Kept(None, None, -0.1), Kept(None, None, 1.1), Kept(None, None, math.nan)]
-)  # fmt: skip
+    "kept",
+    [
+        Kept(0),
+        Kept(-1),
+        Kept(True),
+        Kept(1.5),
+        Kept(None, 0.0),
+        Kept(None, 1.1),
+        Kept(None, math.nan),
+        Kept(None, "0.9"),
+        Kept(None, None, -0.1),
+        Kept(None, None, 1.1),
+        Kept(None, None, math.nan),
+    ],
+)
 def test_filters_that_have_no_meaning_are_refused(kept):
     with pytest.raises(InvalidQuery, match=r"(top_k|top_p|min_p) is"):
         sampling.draw_filtered(torch.zeros(1, 3), [0], [1], [kept])
@@ -189,8 +206,9 @@ def test_tokens_come_at_the_rate_of_the_filtered_distribution():
     row = some_rows(60, 8)[2:3]
     n = 20_000
     for kept in (Kept(top_p=0.7), Kept(20, 0.9, 0.01)):
-        found = sampling.draw_filtered(row.expand(n, 60), range(n), [sampling.draw_key(3, (), i) for i in range(n)],
-                                       [kept] * n, [0.8] * n)  # fmt: skip
+        found = sampling.draw_filtered(
+            row.expand(n, 60), range(n), [sampling.draw_key(3, (), i) for i in range(n)], [kept] * n, [0.8] * n
+        )
         counts = np.bincount(found.token_ids.numpy(), minlength=60)
         q = kept_of(row[0], kept, 0.8).exp().numpy()
         assert (counts[q == 0] == 0).all()
