@@ -286,6 +286,15 @@ def test_the_memory_of_a_large_result_is_used_again_once_nothing_refers_to_it() 
     assert two_thirds.flags.writeable and np.all(two_thirds == 1) and np.all(smaller == 1)
 
 
+def test_single_rows_do_not_take_the_memory_of_batches_between_them() -> None:
+    trie, one, batch = TokenCharacterTrie([b"a" * 600_000]), np.ones(1), np.ones((4, 1))  # results of 4.8 and 19 MB
+    place_of_batch = trie.batch_weight_sum(batch).ctypes.data
+    place_of_row = trie.weight_sum(one).ctypes.data
+    for _ in range(3):
+        assert trie.weight_max(one).ctypes.data == place_of_row
+        assert trie.batch_weight_max(batch).ctypes.data == place_of_batch
+
+
 def test_large_results_of_many_threads_share_no_memory() -> None:
     trie = TokenCharacterTrie([b"a" * 10_000])
 
