@@ -7,6 +7,7 @@ ever notice. Where "hardly ever" is not enough, pay for strict rows: no batch, n
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,30 +16,45 @@ import torch
 from genlm_backend.llm.base import AsyncLM
 from genlm_backend.llm.service import Context, Engine, EngineCounts
 
+_LOCK = threading.Lock()
+
 
 @contextmanager
 def strict(llm: AsyncLM) -> Iterator[AsyncLM]:
     """Within this block, rows of this model are the same bits whatever else is asked, in any order, at any time.
 
     Everything asked of the model meanwhile is strict, also by others; what it remembered is forgotten at both ends.
+    Blocks may overlap: the model is strict until the last one ends.
     """
     service = llm._service
-    engine = service.engine
-    service.engine = StrictEngine(engine)
-    service.memo.clear()
+    with _LOCK:
+        if not isinstance(service.engine, StrictEngine):
+            service.engine = StrictEngine(service.engine)
+            service.memo.clear()
+        engine = service.engine
+        engine.n_blocks += 1
     try:
         yield llm
     finally:
-        service.engine = engine
-        service.memo.clear()
-        engine.clear_kv()
+        with _LOCK:
+            engine.n_blocks -= 1
+            if not engine.n_blocks:
+                service.engine = engine.plain
+                service.memo.clear()
+                engine.plain.clear_kv()
 
 
 class StrictEngine(Engine):
-    """An engine that computes each context alone, in one thread, without anything computed before."""
+    """An engine that computes each context alone, in one thread, without anything computed before.
+
+    Attributes:
+        plain: The engine that computes.
+        n_blocks: How many `strict` blocks need it.
+    """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.plain = engine
+        self.n_blocks = 0
 
     def evaluate(self, contexts: Sequence[Context]) -> torch.Tensor:
         n_threads = torch.get_num_threads()
@@ -49,17 +65,17 @@ class StrictEngine(Engine):
             torch.set_num_threads(n_threads)
 
     def counts(self) -> EngineCounts:
-        return self._engine.counts()
+        return self.plain.counts()
 
     def clear_kv(self) -> None:
-        self._engine.clear_kv()
+        self.plain.clear_kv()
 
     def reset(self) -> None:
-        self._engine.reset()
+        self.plain.reset()
 
     def close(self) -> None:
-        self._engine.close()
+        self.plain.close()
 
     def _alone(self, context: Context) -> torch.Tensor:
-        self._engine.clear_kv()
-        return self._engine.evaluate([context]).clone()
+        self.plain.clear_kv()
+        return self.plain.evaluate([context]).clone()
