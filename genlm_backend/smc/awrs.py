@@ -40,8 +40,7 @@ import torch
 from genlm_backend import sampling
 from genlm_backend.errors import InvalidProgram
 from genlm_backend.potentials.base import Constraint, Potential, State
-from genlm_backend.potentials.combinators import Product
-from genlm_backend.smc.proposals import Proposal, Proposed
+from genlm_backend.smc.proposals import OfModelAndConstraint, Proposed, nothing_drawn
 from genlm_backend.smc.weights import Floats, log_sum_exp
 
 _ONE_BY_ONE = 8  # draws by a pass over the row each; then the whole race is run at once
@@ -57,7 +56,7 @@ class Checks(NamedTuple):
     n_checks: int = 0
 
 
-class AWRS(Proposal):
+class AWRS(OfModelAndConstraint):
     """Draws from the product of a model and a constraint, asking the constraint about few tokens.
 
     The cost grows with how far the constraint is from the model: where the model alone would be right nine times in
@@ -74,16 +73,16 @@ class AWRS(Proposal):
     """
 
     def __init__(self, model: Potential, constraint: Potential, max_checks: int | None = None) -> None:
-        self.potential = Product(model, constraint)
-        self.model, self.constraint, self.max_checks = model, constraint, max_checks
+        super().__init__(model, constraint)
+        self.max_checks = max_checks
         self.checks = Checks()
 
     async def propose(self, state: State, key: int) -> Proposed:
         model_state, constraint_state = state
         row = (await self.model.logw_next(model_state)).double().cpu()
         log_total = float(row.logsumexp(0))
-        if log_total == -math.inf:
-            return Proposed(-1, -math.inf)
+        if not math.isfinite(log_total):
+            return nothing_drawn(row)
         masses = (row - log_total).exp().numpy()
         seen: list[int] = []
         allowed: list[int] = []

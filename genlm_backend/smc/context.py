@@ -4,9 +4,12 @@ same point without drawing, weighing or computing anything again.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import types
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from genlm_backend.llm.queries import Draw, Drawn, Mask, Query, Row
 from genlm_backend.potentials.base import Potential
 from genlm_backend.smc.distributions import Distribution, Enumerable, LogRow, as_row
 from genlm_backend.smc.lazy_row import LazyRow
-from genlm_backend.smc.proposals import Direct, Proposal, Proposed
+from genlm_backend.smc.proposals import Direct, Proposal, Proposed, nothing_drawn
 from genlm_backend.smc.recording import Recording
 from genlm_backend.smc.trace import Entry
 
@@ -35,6 +38,9 @@ class Checkpoint:
 
 
 CHECKPOINT = Checkpoint()
+
+_ASKED: ContextVar[Context | None] = ContextVar("_ASKED", default=None)
+"""The context that a task, or the one it was made in, has asked; not set where a program itself asks."""
 
 
 class Context:
@@ -61,6 +67,7 @@ class Context:
         self._recording = recording
         self._twist = 0.0
         self._n_keys = 0
+        self._task: asyncio.Task[Any] | None = None  # runs the program; others in it are what the program gathers
         self.n_ranked = 0
         self._byte_vocab: Sequence[bytes] | None = None
 
@@ -212,7 +219,8 @@ class Context:
         self._byte_vocab = llm.byte_vocab
         index, known = self._next("row")
         if known is not None:
-            return LazyRow.of(llm, tuple(token_ids), lora_name)
+            ask = llm.next_token_logprobs_sync if self._recording is None else partial(self._recording.row_again, llm)
+            return LazyRow.of(len(llm.byte_vocab), partial(ask, tuple(token_ids), lora_name))
         row: torch.Tensor = await self._answer(llm, token_ids, Row(), lora_name)
         self._put(index, Entry("row"))
         return row
@@ -266,6 +274,7 @@ class Context:
     def begin_step(self, particle: int, step: int, ranks: tuple[int, ...] | None = None) -> None:
         """From here on, draws are those of this particle at this step."""
         self.particle, self._key_step, self.ranks = particle, step, ranks
+        self._task = asyncio.current_task()
         if not self.is_replaying:
             self.step = step
         self.log_increment = 0.0
@@ -311,7 +320,21 @@ class Context:
         return 0
 
     def _next(self, kind: str) -> tuple[int, Entry | None]:
-        """The place of the next entry, and the entry where it is on record."""
+        """The place of the next entry, and the entry where it is on record.
+
+        Entries are told apart by their order. What is gathered asks in the order in which it was gathered, once; which
+        second question comes first would depend on who is answered first.
+
+        Raises:
+            InvalidProgram: A coroutine that the program gathered, or one that began in it, asks again.
+        """
+        if asyncio.current_task() is not self._task:
+            if _ASKED.get() is self:
+                raise InvalidProgram(
+                    "a coroutine that the program gathered, or made a task of, asked the context a second time",
+                    "ask once in each, or await them one after the other",
+                )
+            _ASKED.set(self)
         index = self.position
         self.position += 1
         if index == len(self.entries):
@@ -396,11 +419,12 @@ class Context:
     def _ranked(self, row: torch.Tensor, mask: Mask | None) -> Proposed:
         rank = self._next_rank()
         if mask is not None:
-            row = row.masked_fill(~torch.as_tensor(mask), -math.inf)
+            row = row.masked_fill(~torch.as_tensor(mask, device=row.device), -math.inf)
         if rank >= len(row):
             return Proposed(-1, -math.inf)
-        best = row.topk(rank + 1)
-        return Proposed(int(best.indices[rank]), float(best.values[rank]))
+        symbols, _ = sampling.top_k(row[None], rank + 1)
+        symbol = int(symbols[0, rank])
+        return Proposed(symbol, float(row[symbol]))
 
 
 class BadWeight(Exception):
@@ -426,7 +450,7 @@ def _from_row(row: torch.Tensor, mask: Mask | None, proposal: Any, key: int) -> 
     masks = None if mask is None else [mask]
     (index,) = sampling.draw(source[None], [key], None, masks).tolist()
     if index < 0:
-        return Proposed(-1, -math.inf)
+        return nothing_drawn(source)
     if mask is None:
         log_mass = float(source.logsumexp(0))
     else:

@@ -69,7 +69,8 @@ async def smc(
             replacement.
         n_branches: For "beam" and "steer".
         kernel: After each resampling, moves every particle without changing the law; see `moves`.
-        retained: Conditional SMC: this path is the first particle and survives; resampling is then multinomial.
+        retained: Conditional SMC: this path, a complete one, is the first particle and survives; resampling is then
+            multinomial. Without `kernel`: one that moves only the others would change the law.
         max_steps: Stop after so many steps, with a paused result.
         on_failure: What happens when all particles die, a weight is not a number or a program raises: "raise" the
             error, with the result up to the last whole step as its `result`; or "mark" that result as failed.
@@ -83,7 +84,7 @@ async def smc(
     """
     threshold = ess_threshold if method == "smc" else 0.0
     settings = Settings(n_particles, method, threshold, resampling, seed, n_branches, retained is not None)
-    _check(settings, ess_threshold, max_steps, kernel)
+    _check(settings, ess_threshold, max_steps, kernel, retained)
     start = start_of(model)
     strands: list[Strand] = [Live(start, Context(seed, recording)) for _ in range(n_particles)]
     if retained is not None:
@@ -122,10 +123,27 @@ async def resume(
     if result.settings.is_conditional:
         raise InvalidProgram("a conditional run cannot be resumed", "run it again with its retained path")
     start = start_of(model)
-    strands: list[Strand] = [Live.of_path(start, result.settings.seed, path, recording) for path in result.paths]
-    steps = list(result.steps)
-    run = _Run(result.settings, strands, list(result.log_weights), steps, start, kernel, on_step, recording)
+    paths, log_weights, steps = _alive(result)
+    strands: list[Strand] = [Live.of_path(start, result.settings.seed, path, recording) for path in paths]
+    run = _Run(result.settings, strands, log_weights, steps, start, kernel, on_step, recording)
     return await run.to_end(max_steps, on_failure)
+
+
+def _alive(result: Result) -> tuple[list[Path], list[float], list[Step]]:
+    """Paths, log-weights and steps to go on from: where all have died, those before the step that killed the last."""
+    steps = list(result.steps)
+    if not steps or max(result.log_weights) > -math.inf:
+        return list(result.paths), list(result.log_weights), steps
+    n_steps, last = len(steps) - 1, steps.pop()
+    paths = [path.first(n_steps) for path in result.paths]
+    if steps:
+        log_weights = list(steps[-1].log_weights_after or steps[-1].log_weights)
+    else:
+        log_weights = [0.0] * result.settings.n_particles
+    if last.parents is not None:  # of its copies one each; who had died before had none
+        of_parent = dict(zip(last.parents, paths, strict=True))
+        paths, log_weights = list(of_parent.values()), [log_weights[parent] for parent in of_parent]
+    return paths, log_weights, steps
 
 
 class _Run:
@@ -167,7 +185,7 @@ class _Run:
             return failed
         finally:
             for strand in self.strands:
-                strand.close()
+                await strand.close()
         return self._result("paused" if self._is_running() else "complete", None)
 
     async def _step(self) -> None:
@@ -179,14 +197,14 @@ class _Run:
         except BaseException:
             if len(self.steps) == step:  # not a whole step: back to the one before; what ran on is cut off
                 for strand in self.strands:
-                    strand.close()
+                    await strand.close()
                 self.strands, self.log_weights = before
             raise
         if self._on_step is not None:
             self._on_step(self.steps[-1], step)
 
     async def _advance(self, step: int) -> tuple[int, ...] | None:
-        parents = self._branch()
+        parents = await self._branch()
         running = [i for i, strand in enumerate(self.strands) if strand.status == "running"]
         await _together([self.strands[i].advance(i, step, self._rank(i, parents)) for i in running], names=running)
         return parents
@@ -207,7 +225,7 @@ class _Run:
         if drawn is None:
             self.log_weights = moved
         else:
-            self._become(drawn)
+            await self._become(drawn)
             if self._kernel is not None:
                 n_accepted = await self._rejuvenate(step)
         ancestors = None if drawn is None else tuple(drawn.ancestors.tolist())
@@ -254,7 +272,7 @@ class _Run:
             shown = tuple(text.decode("utf-8", "replace") for text in texts)
             self.steps.append(Step(None, tuple(self.log_weights), None, None, statuses, shown))
 
-    def _branch(self) -> tuple[int, ...] | None:
+    async def _branch(self) -> tuple[int, ...] | None:
         """Copies before the step, for the methods that have them; the place of each one's parent."""
         if self.settings.method not in ("beam", "steer"):
             return None
@@ -264,7 +282,7 @@ class _Run:
         strands: list[Strand] = []
         for i, (strand, log_weight) in enumerate(zip(self.strands, self.log_weights, strict=True)):
             if len(self.steps) == 0 and self.settings.method == "beam" and i > 0:
-                strand.close()  # all begin alike: one of them has all the branches
+                await strand.close()  # all begin alike: one of them has all the branches
                 continue
             if strand.status == "dead":
                 continue
@@ -311,7 +329,7 @@ class _Run:
             return Resampled(ancestors, np.full(n, log_sum_exp(log_weights) - math.log(n)))
         return resample(rng, log_weights, n, scheme)
 
-    def _become(self, drawn: Resampled) -> None:
+    async def _become(self, drawn: Resampled) -> None:
         """The first child of each takes over its coroutine, the others are copies; who has none ends."""
         before, taken = self.strands, set[int]()
         after: list[Strand] = []
@@ -322,7 +340,7 @@ class _Run:
             raise AssertionError("the retained particle survives")
         for i, strand in enumerate(before):
             if i not in taken:
-                strand.close()
+                await strand.close()
         self.strands, self.log_weights = after, drawn.log_weights.tolist()
 
     async def _rejuvenate(self, step: int) -> int:
@@ -380,7 +398,9 @@ async def _together(coroutines: Sequence[Coroutine[Any, Any, Any]], names: Seque
         raise
 
 
-def _check(settings: Settings, ess_threshold: float, max_steps: int | None, kernel: object) -> None:
+def _check(
+    settings: Settings, ess_threshold: float, max_steps: int | None, kernel: object, retained: Path | None
+) -> None:
     if settings.n_particles < 1:
         raise InvalidProgram(f"n_particles is {settings.n_particles}", "run at least one particle")
     if settings.method not in METHODS:
@@ -395,3 +415,12 @@ def _check(settings: Settings, ess_threshold: float, max_steps: int | None, kern
         raise InvalidProgram(f"a retained path with method {settings.method!r}", "conditional runs are method 'smc'")
     if kernel is not None and settings.method != "smc":
         raise InvalidProgram(f"a kernel with method {settings.method!r}", "moves follow resampling: use method 'smc'")
+    if retained is None:
+        return
+    if kernel is not None:
+        raise InvalidProgram(
+            "a kernel with a retained path", "leave it out, or use particle_gibbs, which moves whole paths"
+        )
+    if retained.status != "done" or not all(map(math.isfinite, retained.log_increments)):
+        what = f"a retained path that is {retained.status} with the weights {list(retained.log_increments)}"
+        raise InvalidProgram(what, "retain the path of a particle that is done and alive, such as `draw_path` gives")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from genlm_backend.errors import InvalidProgram
 from genlm_backend.smc.context import Context, Died
 from genlm_backend.smc.programs import start_of
-from genlm_backend.smc.strands import drive
+from genlm_backend.smc.strands import drive, end_program
 
 
 class Exact(NamedTuple):
@@ -75,4 +75,4 @@ async def _run(coroutine: Any, context: Context) -> tuple[bool, Any]:
     except Died:
         return False, None
     finally:
-        coroutine.close()
+        await end_program(coroutine)

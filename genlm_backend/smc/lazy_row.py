@@ -6,33 +6,31 @@ only passed along; those that the program does look at are fetched then, usually
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from genlm_backend.llm.base import AsyncLM
-
 
 class LazyRow(torch.Tensor):
     """A `(vocab,)` float32 tensor like any other; its first use blocks until the model has answered."""
 
-    _ask: tuple[AsyncLM, tuple[int, ...], str | None]
+    _fetch: Callable[[], torch.Tensor]
     _fetched: torch.Tensor | None
 
     @classmethod
-    def of(cls, llm: AsyncLM, token_ids: tuple[int, ...], lora_name: str | None) -> Self:
-        """The row after these tokens, not asked for yet."""
+    def of(cls, n_tokens: int, fetch: Callable[[], torch.Tensor]) -> Self:
+        """The `(n_tokens,)` row that `fetch` gives, not asked for yet."""
         make = torch.Tensor._make_wrapper_subclass
-        row: Self = make(cls, (len(llm.byte_vocab),), dtype=torch.float32)
-        row._ask, row._fetched = (llm, token_ids, lora_name), None
+        row: Self = make(cls, (n_tokens,), dtype=torch.float32)
+        row._fetch, row._fetched = fetch, None
         return row
 
     def fetched(self) -> torch.Tensor:
         """The row as an ordinary tensor."""
         if self._fetched is None:
-            llm, token_ids, lora_name = self._ask
-            self._fetched = llm.next_token_logprobs_sync(token_ids, lora_name)
+            self._fetched = self._fetch()
         return self._fetched
 
     def numpy(self, *, force: bool = False) -> np.ndarray[Any, Any]:

@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from genlm_backend import sampling
+from genlm_backend.errors import NonFiniteWeight, ParticleFailed
 from genlm_backend.smc.programs import Start
 from genlm_backend.smc.recording import Recording
 from genlm_backend.smc.strands import Live, Strand
@@ -51,7 +52,7 @@ class Move:
         log_weight: The sum of its increments, nats.
     """
 
-    def __init__(self, start: Start, path: Path, n_steps: int, seed: int, recording: Recording | None) -> None:
+    def __init__(self, start: Start, path: Path, n_steps: float, seed: int, recording: Recording | None) -> None:
         self.path = path
         self._n_steps = n_steps
         self.log_weight = math.fsum(path.log_increments)
@@ -74,11 +75,14 @@ class Move:
         begin = self.path.first(n_whole)
         kept = entries[len(begin.entries) : cut]
         strand = Live.of_path(self._start, seed, begin, self._recording, kept)
-        for step in range(n_whole, self._n_steps):
-            if strand.status == "running":
+        step = n_whole
+        try:
+            while strand.status == "running" and step < self._n_steps:
                 await strand.advance(0, step)
-        made = Candidate(strand.path(), math.fsum(strand.log_increments), strand)
-        self.candidates.append(made)
+                step += 1
+        finally:
+            made = Candidate(strand.path(), math.fsum(strand.log_increments), strand)
+            self.candidates.append(made)
         return made
 
 
@@ -95,17 +99,41 @@ async def regenerate(move: Move) -> Candidate | None:
 async def move(
     kernel: Kernel, start: Start, strand: Strand, seed: int, particle: int, step: int, recording: Recording | None
 ) -> Strand:
-    """The strand after a kernel: the same one, or that of the candidate it chose."""
+    """The strand after a kernel: the same one, or that of the candidate it chose.
+
+    Raises:
+        NonFiniteWeight, ParticleFailed: What the kernel or a candidate raised, naming this step and particle.
+    """
     offer = Move(start, strand.path(), step + 1, sampling.draw_key(seed, (particle,), step, "move"), recording)
+    try:
+        chosen = await _chosen(kernel, offer)
+    except (NonFiniteWeight, ParticleFailed) as error:
+        raise type(error)(step, particle, f"{error.data[2]} (in a candidate of the kernel)") from error.__cause__
+    except Exception as error:
+        raise ParticleFailed(step, particle, f"{type(error).__name__}: {error} (in the kernel)") from error
+    if chosen is None:
+        return strand
+    await strand.close()
+    chosen.strand.context.seed = seed
+    return chosen.strand
+
+
+async def move_path(kernel: Kernel, start: Start, path: Path, seed: int) -> Path:
+    """A complete path after a kernel, whose candidates run to their end.
+
+    Raises:
+        NonFiniteWeight, ParticleFailed: What a candidate raised.
+    """
+    chosen = await _chosen(kernel, Move(start, path, math.inf, seed, None))
+    return path if chosen is None else chosen.path
+
+
+async def _chosen(kernel: Kernel, offer: Move) -> Candidate | None:
     chosen = None
     try:
         chosen = await kernel(offer)
     finally:
         for candidate in offer.candidates:
             if candidate is not chosen:
-                candidate.strand.close()
-    if chosen is None:
-        return strand
-    strand.close()
-    chosen.strand.context.seed = seed
-    return chosen.strand
+                await candidate.strand.close()
+    return chosen

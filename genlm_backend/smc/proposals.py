@@ -133,7 +133,34 @@ class Guided(Proposal):
         return _drawn(*rows, key)
 
 
-class TopK(Proposal):
+class OfModelAndConstraint(Proposal):
+    """Draws from the product of two potentials that are asked apart; a state is the pair of both states.
+
+    Args:
+        model: Gives whole rows cheaply, such as a language model.
+        constraint: Weighs single tokens.
+    """
+
+    def __init__(self, model: Potential, constraint: Potential) -> None:
+        self.potential = Product(model, constraint)
+        self.model, self.constraint = model, constraint
+
+    def start(self) -> State:
+        return self.model.start(), self.constraint.start()
+
+    def extend(self, state: State, token_id: int) -> State:
+        return self.model.extend(state[0], token_id), self.constraint.extend(state[1], token_id)
+
+    async def log_end(self, state: State) -> float:
+        pair = (self.constraint, state[1]), (self.model, state[0])
+        return math.fsum([float((await each.logw_tokens(of_it, [each.end]))[0]) for each, of_it in pair])
+
+    async def target_row(self, state: State) -> torch.Tensor:
+        row = await self.model.logw_next(state[0])
+        return row + (await self.constraint.logw_next(state[1])).to(row.device)
+
+
+class TopK(OfModelAndConstraint):
     """Looks at the k most probable tokens of `model` first, and at all of them only when the draw falls elsewhere.
 
     With A the weight of the k tokens in the product and R the model's mass outside of them: with probability A / (A+R)
@@ -148,15 +175,17 @@ class TopK(Proposal):
     def __init__(self, model: Potential, constraint: Potential, k: int = 16) -> None:
         if k < 1:
             raise InvalidProgram(f"TopK with k={k}", "look at 1 token or more")
-        self.potential = Product(model, constraint)
-        self.model, self.constraint, self.k = model, constraint, k
+        super().__init__(model, constraint)
+        self.k = k
 
     async def propose(self, state: State, key: int) -> Proposed:
         model_state, constraint_state = state
-        row = (await self.model.logw_next(model_state)).double()
+        row = (await self.model.logw_next(model_state)).double().cpu()
+        if not math.isfinite(float(row.logsumexp(0))):
+            return nothing_drawn(row)
         top = row.topk(min(self.k, len(row)))
         symbols = top.indices.tolist()
-        weighed = top.values + (await symbol_weights(self.constraint, constraint_state, symbols)).double()
+        weighed = top.values + (await symbol_weights(self.constraint, constraint_state, symbols)).double().cpu()
         outside = row.clone()
         outside[top.indices] = -math.inf
         log_a, log_r = float(weighed.logsumexp(0)), float(outside.logsumexp(0))
@@ -167,7 +196,7 @@ class TopK(Proposal):
         if is_inside or log_r == -math.inf:
             at = _choice(weighed, key)
             return Proposed(symbols[at], log_both)
-        rest = outside + (await self.constraint.logw_next(constraint_state)).double()
+        rest = outside + (await self.constraint.logw_next(constraint_state)).double().cpu()
         log_b = float(rest.logsumexp(0))
         if log_b == -math.inf:
             return Proposed(-1, -math.inf)
@@ -232,10 +261,16 @@ async def _drawn_by_model(model: LanguageModel, state: State, allowed: BoolRow |
     return Proposed(symbol, drawn.logprob - drawn.log_q)
 
 
+def nothing_drawn(row: torch.Tensor) -> Proposed:
+    """For a row that nothing can be drawn from: weight zero; or NaN, an error, where it has NaN or +inf."""
+    is_wrong = bool((row.isnan() | row.isposinf()).any())
+    return Proposed(-1, math.nan if is_wrong else -math.inf)
+
+
 def _drawn(target: torch.Tensor, source: torch.Tensor, key: int) -> Proposed:
     (symbol,) = sampling.draw(source[None], [key]).tolist()
     if symbol < 0:
-        return Proposed(-1, -math.inf)
+        return nothing_drawn(source)
     (log_mass,) = sampling.log_mass(source[None]).tolist()
     correction = 0.0 if target is source else float(target[symbol]) - float(source[symbol])
     return Proposed(symbol, log_mass + correction)

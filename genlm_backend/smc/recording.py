@@ -21,6 +21,7 @@ from genlm_backend.smc.proposals import Proposed
 from genlm_backend.smc.resampling import Resampled
 
 Where = tuple[int, int, int]
+_FORM = "genlm_backend.smc recording 2"
 
 
 class Recording:
@@ -34,6 +35,7 @@ class Recording:
 
     def __init__(self) -> None:
         self.is_replay = False
+        self._models: list[AsyncLM] = []  # in the order in which they were first asked
         self._answers: dict[str, Any] = {}
         self._draws: dict[Where, Proposed] = {}
         self._resampled: dict[int, Resampled] = {}
@@ -53,7 +55,7 @@ class Recording:
         """
         plain.save(
             path,
-            "genlm_backend.smc recording 1",
+            _FORM,
             {
                 "answers": [[key, answer] for key, answer in self._answers.items()],
                 "draws": [[list(where), drawn.value, drawn.log_weight] for where, drawn in self._draws.items()],
@@ -71,7 +73,7 @@ class Recording:
         Raises:
             ValueError: The file is not a recording.
         """
-        data = plain.load(path, "genlm_backend.smc recording 1")
+        data = plain.load(path, _FORM)
         loaded = cls()
         loaded.is_replay = True
         loaded._answers = dict(data["answers"])
@@ -85,10 +87,12 @@ class Recording:
     async def answer(self, llm: AsyncLM, token_ids: tuple[int, ...], query: Query, lora_name: str | None) -> Any:
         """The model's answer, kept; or the kept one.
 
+        Models are told apart by the order in which they are first asked.
+
         Raises:
             ReplayMismatch: It was not asked when this was recorded.
         """
-        key = f"{lora_name}|{_named(query)}|{token_ids}"
+        key = self._key(llm, token_ids, query, lora_name)
         if key in self._answers:
             answer = self._answers[key]
         elif self.is_replay:
@@ -102,6 +106,20 @@ class Recording:
         if isinstance(answer, list) and answer and answer[0] == "NoTokenAllowed":
             raise NoTokenAllowed(*answer[1:])
         return answer.clone() if isinstance(answer, torch.Tensor) else answer
+
+    def row_again(self, llm: AsyncLM, token_ids: tuple[int, ...], lora_name: str | None) -> torch.Tensor:
+        """A row that a particle was given before, for its copies.
+
+        Raises:
+            ReplayMismatch: It was not asked when this was recorded.
+        """
+        key = self._key(llm, token_ids, Row(), lora_name)
+        if key in self._answers:
+            row: torch.Tensor = self._answers[key].clone()
+            return row
+        if self.is_replay:
+            raise ReplayMismatch("a question to the model", key, "no answer to it")
+        return llm.next_token_logprobs_sync(token_ids, lora_name)  # given before the run was resumed
 
     def known_draw(self, where: Where) -> Proposed | None:
         """The recorded draw of this step, particle and key; None where it is to be made.
@@ -126,6 +144,12 @@ class Recording:
     def keep_resampling(self, step: int, drawn: Resampled) -> None:
         """Record a resampling."""
         self._resampled[step] = drawn
+
+    def _key(self, llm: AsyncLM, token_ids: tuple[int, ...], query: Query, lora_name: str | None) -> str:
+        model = next((i for i, known in enumerate(self._models) if known is llm), len(self._models))
+        if model == len(self._models):
+            self._models.append(llm)
+        return f"{model}|{lora_name}|{_named(query)}|{token_ids}"
 
 
 def _named(query: Query) -> str:

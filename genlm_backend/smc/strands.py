@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 import types
 from collections.abc import Coroutine, Generator, Sequence
@@ -32,7 +34,7 @@ class Strand(Protocol):
     def path(self) -> Path:
         """Where it is, as plain data."""
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End its coroutine; it will not be advanced again."""
 
 
@@ -82,21 +84,25 @@ class Live:
             NonFiniteWeight: A weight became NaN or +inf.
         """
         context = self.context
-        n_shown = len(context.entries)
+        n_shown = max(context.position, context.n_replayed)
         context.begin_step(particle, step, ranks)
         try:
             if self._coroutine is None:
                 self._coroutine = self._start(context)
             await self._until_checkpoint(self._coroutine)
-        except Died:
-            self.status = "dead"
-            context.log_increment = -math.inf
-            context.entries = [entry for entry in context.entries if entry is not None]
-            self.close()
-        except BadWeight as bad:
-            raise NonFiniteWeight(step, particle, f"{bad.args[0]} (from {bad.args[1]})") from None
-        except Exception as error:
-            raise ParticleFailed(step, particle, f"{type(error).__name__}: {error}") from error
+        except BaseException as raised:
+            match _single(raised):
+                case Died():
+                    self.status = "dead"
+                    context.log_increment = -math.inf
+                    context.entries = [entry for entry in context.entries if entry is not None]
+                    await self.close()
+                case BadWeight() as bad:
+                    raise NonFiniteWeight(step, particle, f"{bad.args[0]} (from {bad.args[1]})") from None
+                case Exception() as error:
+                    raise ParticleFailed(step, particle, f"{type(error).__name__}: {error}") from raised
+                case _:
+                    raise
         self.log_increments.append(context.log_increment)
         self.text = text_of(self.text, (entry for entry in context.entries[n_shown:] if entry is not None))
 
@@ -113,11 +119,11 @@ class Live:
         """All whole steps."""
         return Path(tuple(self._entries()), tuple(self.log_increments), self.status, self.value)
 
-    def close(self) -> None:
-        """End the coroutine; `finally` blocks of the program run."""
-        if self._coroutine is not None:
-            self._coroutine.close()
-            self._coroutine = None
+    async def close(self) -> None:
+        """End the coroutine; see `end_program`."""
+        coroutine, self._coroutine = self._coroutine, None
+        if coroutine is not None:
+            await end_program(coroutine)
 
     async def _until_checkpoint(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         is_over, value = await drive(coroutine)
@@ -160,18 +166,53 @@ class Retained:
         """What was repeated so far."""
         return self._whole.first(len(self.log_increments))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Nothing runs."""
 
 
+async def end_program(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """End a coroutine: what the program has in `finally` and `async with` runs, and may await.
+
+    What that raises goes to the event loop's exception handler, which logs it: the particle is no longer needed.
+    """
+    if inspect.getcoroutinestate(coroutine) != inspect.CORO_SUSPENDED:
+        coroutine.close()  # not begun, or at its end
+        return
+    try:
+        await drive(coroutine, Died())
+    except BaseException as raised:
+        match _single(raised):
+            case Died():
+                pass
+            case Exception() as error:
+                told = {"message": "a particle that was not needed any more raised as it ended", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(told)
+            case _:
+                raise
+
+
+def _single(error: BaseException) -> BaseException:
+    """The error itself; of a group from a task group, the first one that is not the end of the particle."""
+    while isinstance(error, BaseExceptionGroup):
+        _, others = error.split(Died)
+        error = (others or error).exceptions[0]
+    return error
+
+
 @types.coroutine
-def drive(coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, tuple[bool, Any]]:
+def drive(
+    coroutine: Coroutine[Any, Any, Any], raising: BaseException | None = None
+) -> Generator[Any, Any, tuple[bool, Any]]:
     """Run a coroutine within the awaiting task to its next checkpoint or its end: (is it over, what it returned).
 
     Between checkpoints no task holds it: a particle that waits costs nothing and can be dropped by closing it.
+
+    Args:
+        coroutine: New, or at a checkpoint.
+        raising: Raised in it where it is, instead of going on.
     """
     try:
-        yielded = coroutine.send(None)
+        yielded = coroutine.send(None) if raising is None else coroutine.throw(raising)
         while yielded is not CHECKPOINT:
             try:
                 received = yield yielded

@@ -274,13 +274,15 @@ CHAINS = pytest.mark.parametrize(
 
 @CHAINS
 @pytest.mark.parametrize(
-    "model", [chain(2), sequences(Product(MODEL, RULE), max_tokens=2)], ids=["program", "particle"]
+    ("model", "kernel"),
+    [(chain(2), None), (sequences(Product(MODEL, RULE), max_tokens=2), None), (chain(2), regenerate)],
+    ids=["program", "particle", "moved"],
 )
-async def test_particle_gibbs_keeps_the_law(model, n_chains):
+async def test_particle_gibbs_keeps_the_law(model, kernel, n_chains):
     exact = await enumerate_exactly(model)
     after, n_moved = [], 0
     for i, path in enumerate(await paths_of_the_law(model, n_chains)):
-        visited = await particle_gibbs(model, 3, 2, seed=i, initial=path, ess_threshold=1.0)
+        visited = await particle_gibbs(model, 3, 2, seed=i, initial=path, ess_threshold=1.0, kernel=kernel)
         after.append(visited.values[-1])
         n_moved += visited.values[-1] != path.value
     assert n_moved > 0.3 * n_chains, "the chain moves"
