@@ -59,7 +59,7 @@ test-slow: $(VENV)/.stamp-demo $(VENV)/.stamp-tokenizers
 
 # The newest release of transformers each time; only what makes the environment is remembered.
 test-latest: $(LATEST)/.stamp-demo
-	@$(LATEST)/bin/python -m pip install $(PIP_QUIET) --upgrade transformers
+	@$(LATEST)/bin/python -m pip install $(PIP_QUIET) --upgrade "transformers<6"
 	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -i -E '^(torch|transformers|tokenizers) '
 	$(call convert,$(LATEST)/bin)
 	$(OFFLINE) $(LATEST)/bin/python -m pytest tests -q -m "not slow"

@@ -12,7 +12,9 @@ from typing import Any
 # Before anything imports huggingface_hub: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # the servers of tests
 
+import hypothesis
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -20,6 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from genlm_backend.errors import BackendUnavailable, ModelNotFound
 from genlm_backend.llm.demo_model import demo_model_path
 from tests import architectures, tiny_tokenizer
+
+
+# The same examples each time, however long they take: a failure is the fault of a change, not of the machine or of luck.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

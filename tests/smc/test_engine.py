@@ -247,24 +247,14 @@ def test_draws_that_differ_in_any_way_are_recorded_apart():
 async def test_a_recorded_run_is_repeated_without_model_and_randomness(tmp_path):
     recording = Recording()
     async with fake_language_model(FakeEngine()) as llm:
-        result = await smc(writer(llm, looks=True), 6, seed=2, ess_threshold=0.9, recording=recording)
+        first = await smc(writer(llm, looks=True), 6, seed=2, ess_threshold=0.9, recording=recording)
     recording.save(tmp_path / "recording.json")
+    loaded = Recording.load(tmp_path / "recording.json")
     other = FakeEngine()
     other.fail_calls = {i: RuntimeError("the model was asked") for i in range(1000)}
     async with fake_language_model(other) as silent:
-        loaded = Recording.load(tmp_path / "recording.json")
-        # looks=True fetches old rows of copies from the model itself; the recorded program does not
-        again = await smc(writer(silent), 6, seed=2, ess_threshold=0.9, recording=await _recorded(tmp_path))
-        assert not other.batches
-    assert loaded.is_replay and again.values == [path.value for path in again.paths] and result.paths
-
-
-async def _recorded(tmp_path) -> Recording:
-    recording = Recording()
-    async with fake_language_model(FakeEngine()) as llm:
-        await smc(writer(llm), 6, seed=2, ess_threshold=0.9, recording=recording)
-    recording.save(tmp_path / "plain.json")
-    return Recording.load(tmp_path / "plain.json")
+        again = await smc(writer(silent, looks=True), 6, seed=2, ess_threshold=0.9, recording=loaded)
+    assert loaded.is_replay and again == first and not other.batches
 
 
 @pytest.mark.parametrize(

@@ -372,32 +372,6 @@ async def test_a_recording_tells_models_apart():
         assert await smc(by_two(small, large), 4, recording=recording.replay()) == plain
 
 
-@pytest.mark.parametrize("threshold", [0.9, 1.0])
-async def test_a_recording_answers_when_copies_look_at_their_rows(threshold, tmp_path):
-    @program
-    async def looking(ctx, llm):
-        ids = [1]
-        for _ in range(3):
-            row = await ctx.logprobs(llm, ids)
-            ctx.score(0.1 * float(row.max()))
-            ids.append(await ctx.sample(row))
-            ctx.score(-0.2 * ids[-1])
-            await ctx.checkpoint()
-        return tuple(ids)
-
-    recording = Recording()
-    async with fake_language_model(FakeEngine()) as llm:
-        first = await smc(looking(llm), 6, seed=2, ess_threshold=threshold, recording=recording)
-    assert any(step.ancestors for step in first.steps)
-    recording.save(tmp_path / "run.json")
-    silent = FakeEngine()
-    async with fake_language_model(silent) as llm:
-        again = await smc(
-            looking(llm), 6, seed=2, ess_threshold=threshold, recording=Recording.load(tmp_path / "run.json")
-        )
-    assert again == first and not silent.batches
-
-
 async def test_strict_blocks_may_overlap():
     async with fake_language_model(FakeEngine()) as llm:
         plain = llm._service.engine

