@@ -23,8 +23,7 @@ from genlm_backend.errors import BackendUnavailable, ModelNotFound
 from genlm_backend.llm.demo_model import demo_model_path
 from tests import architectures, tiny_tokenizer
 
-
-# The same examples each time, however long they take: a failure is the fault of a change, not of the machine or of luck.
+# The same examples each time, however long they take: a failure is the fault of a change, not of luck or the machine.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 

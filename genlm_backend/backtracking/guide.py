@@ -17,16 +17,20 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+import regex
+
 from genlm_backend.backtracking.grammar_rule import GrammarRule
-from genlm_backend.backtracking.parser import Candidate, Parser, escaped
+from genlm_backend.backtracking.parser import Candidate, CandidateText, Parser, escaped
 from genlm_backend.backtracking.rules import KEEP, Halt, Prompt, Rule, Step, Verdict
+from genlm_backend.backtracking.stopping import StopStrings, Tail
 from genlm_backend.backtracking.text_models import TextFunction, continuation
 from genlm_backend.backtracking.walk import walk
-from genlm_backend.backtracking.writing import bytes_of
+from genlm_backend.backtracking.writing import bytes_of, whole_characters
 from genlm_backend.batching import run_sync
 from genlm_backend.errors import InvalidGrammar, InvalidQuery
 from genlm_backend.llm.base import AsyncLM
 from genlm_backend.potentials.grammar import Grammar
+from genlm_backend.potentials.limits import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +46,8 @@ class Correction(NamedTuple):
         original_pred: The text before.
         corrected_pred: The text after.
         selected_candidate: What was written.
-        type: "single_candidate" or "draft_gen" (the model chose), with "_middle_fill" where the rest was put back.
+        type: "single_candidate" or "draft_gen" (the model chose), with "_middle_fill" where the rest was put back; or
+            "taken_back", where no candidate could be written without changing `seed_str`.
     """
 
     original_pred: str
@@ -147,9 +152,9 @@ async def aguide(
         prompt: What to continue.
         tokenizer: That of a loaded Hugging Face model.
         draft_model: Chooses among candidates; None is the model itself. Kinds as for `model`.
-        seed_str: The text begins with this.
+        seed_str: The text begins with this, whatever is corrected.
         max_grammar_corrections: Most corrections.
-        stop_at: Strings before which the text ends.
+        stop_at: Strings before which the text ends, looked for in what follows prompt and `seed_str`.
         token_healing: Let the model choose anew the last tokens before each seam, up to three, with the same bytes:
             also those of the prompt, of which the first stays.
         top_p: Of the draws of an `AsyncLM`; a function draws as it likes.
@@ -162,14 +167,19 @@ async def aguide(
 
     Raises:
         InvalidGrammar: `seed_str` is no beginning of a text of the grammar.
-        InvalidQuery: A bound is negative.
+        InvalidQuery: A bound is negative, a string of `stop_at` is empty, or a function answers with neither text nor
+            None.
         GenlmError: What the model raises.
     """
     if max_grammar_corrections < 0 or max_new_tokens < 1:
         raise InvalidQuery("max_grammar_corrections is at least 0, and max_new_tokens at least 1")
     started = time.perf_counter()
     stops = [stop_at] if isinstance(stop_at, str) else list(stop_at or ())
-    state = _State(seed_str or "")
+    if not all(stops):
+        raise InvalidQuery(
+            f"stop_at is {stop_at!r}, which has an empty string; expected one or more characters in each"
+        )
+    state = _State(seed_str or "", seed=seed_str or "")
     if not parser.is_viable(state.text):
         raise InvalidGrammar("seed_str", f"{seed_str!r} begins no text of the grammar", "correct it, or leave it out")
     if not state.text:
@@ -182,6 +192,8 @@ async def aguide(
         for _ in range(max_grammar_corrections + 1):
             piece, is_over, n_healed = await writer.write(prompt, state.text, stops)
             state.mark(n_healed, "healed")
+            piece, is_stopped = _until_stop(state, piece, stops)
+            is_over = is_over or is_stopped
             is_done = await _read(state, piece, is_over, parser, prompt, drafter, max_grammar_corrections, verbose)
             if is_done:
                 break
@@ -193,6 +205,16 @@ async def aguide(
         process_time_seconds=time.perf_counter() - started,
         html=_picture(prompt, state.trace) if save_html else None,
     )
+
+
+def _until_stop(state: _State, piece: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """A piece up to a stop string that ends in it, and whether there is one; the text loses what it had of that."""
+    whole, n_before, n_seed = state.text + piece, len(state.text), len(state.seed)
+    starts = [whole.find(stop, max(n_seed, n_before - len(stop) + 1)) for stop in stops]
+    end = min((start for start in starts if start >= 0), default=None)
+    if end is not None:
+        state.cut(end)
+    return whole[len(state.text) : end], end is not None
 
 
 async def _read(
@@ -229,22 +251,35 @@ async def _correct(
     """Write a terminal that the grammar expects where it stops; whether there is one."""
     expected = parser.expected(prediction)
     prefix = expected.prefix[: parser.n_viable(expected.prefix)]
-    usable = [c for c in expected.candidates if c.is_regex or parser.is_viable(_joined(prefix, c.text))]
+
+    def joined(text: str) -> str:
+        """Prefix and text, with a blank between words where the grammar takes one; "" where it takes neither."""
+        blanks = (" ", "") if prefix[-1:].isalnum() and text[:1].isalnum() else ("",)
+        wholes = (prefix + blank + text for blank in blanks if text)
+        return next((whole for whole in wholes if whole.startswith(state.seed) and parser.is_viable(whole)), "")
+
+    keeps_seed = len(prefix) >= len(state.seed)
+    usable = [c for c in expected.candidates if (c.is_regex and keeps_seed) or joined(c.text)]
+    if not usable and not keeps_seed:
+        viable = prediction[: parser.n_viable(prediction)]
+        state.replace(viable, prediction)
+        state.corrections.append(Correction(prediction, viable, "", "taken_back"))
+        return True
     if not usable:
         state.replace(prefix, prediction)
         return False
     if len(usable) == 1 and not usable[0].is_regex:
         chosen, kind = usable[0].text, "single_candidate"
     else:
-        chosen, kind = await drafter.choose(prompt, prefix, usable), "draft_gen"
-    corrected = _joined(prefix, chosen)
-    if not chosen or not parser.is_viable(corrected):
+        chosen, kind = await drafter.choose(prompt, prefix, usable, parser.limits.lark_s), "draft_gen"
+    corrected = joined(chosen)
+    if not corrected:
         openings = (parser.opening(candidate) for candidate in usable)  # texts first
-        plain = [text for text in openings if text and parser.is_viable(_joined(prefix, text))]
-        if not plain:
-            state.replace(prefix, prediction)
-            return False
-        chosen, corrected = plain[0], _joined(prefix, plain[0])
+        chosen = next((text for text in openings if joined(text)), "")
+        corrected = joined(chosen)
+    if not corrected:
+        state.replace(prefix, prediction)
+        return False
     rest = prediction[len(prefix) :]
     for _ in range(_WORDS_REPLACED + 1):
         if rest.strip() and parser.is_viable(corrected + rest):
@@ -260,7 +295,10 @@ async def _correct(
 
 
 def choose_candidate(candidates: Sequence[str], prefix: str, draft_model: Any) -> str:
-    """The candidate that a model would most readily go on with after a prefix; candidates are taken as texts.
+    """The candidate that a model would most readily go on with after a prefix.
+
+    Candidates are taken as texts; those of `obtain_correction_pairs` that are expressions (they have `is_regex`) are
+    taken as such, and what comes is a text that one matches, or "" if the model says none.
 
     Raises:
         InvalidQuery: There is no candidate.
@@ -271,16 +309,23 @@ def choose_candidate(candidates: Sequence[str], prefix: str, draft_model: Any) -
     async def chosen() -> str:
         async with AsyncExitStack() as opened:
             drafter = _writer_of(opened, draft_model, None, 1.0, 0.0, _MOST_OF_A_CANDIDATE, True, 0)
-            return await drafter.choose("", prefix, [Candidate(text, False) for text in candidates])
+            return await drafter.choose("", prefix, [_as_candidate(text) for text in candidates], Limits().lark_s)
 
     return run_sync(chosen())
 
 
+def _as_candidate(text: str) -> Candidate:
+    if isinstance(text, CandidateText):
+        return Candidate(str(text), text.is_regex, text.flags)
+    return Candidate(text, False)
+
+
 @dataclass
 class _State:
-    """The text so far, and how it came to be."""
+    """The text so far, what it begins with for good, and how it came to be."""
 
     text: str
+    seed: str = ""
     corrections: list[Correction] = field(default_factory=list)
     trace: list[tuple[str, str]] = field(default_factory=list)
 
@@ -294,9 +339,13 @@ class _State:
         if len(prefix) >= len(self.text):
             self.write(prefix[len(self.text) :], "written")
         else:
-            self.mark(len(self.text) - len(prefix), "")
-            self.text = prefix
+            self.cut(len(prefix))
         self.trace.append(("taken back", prediction[len(prefix) :]))
+
+    def cut(self, n: int) -> None:
+        """Keep at most n characters."""
+        self.mark(len(self.text) - n, "")
+        self.text = self.text[:n]
 
     def mark(self, n: int, how: str) -> None:
         """The last n characters of the text came to be otherwise; with "" they are no longer part of it."""
@@ -318,8 +367,8 @@ class _Writer:
         """A stretch of text, whether the model ended there, and how many characters before it have other tokens now."""
         raise NotImplementedError
 
-    async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
-        """One of the candidates, or a text that the expression of one matches."""
+    async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate], seconds: float) -> str:
+        """One of the candidates, or a text that the expression of one matches, within so many seconds for each."""
         raise NotImplementedError
 
 
@@ -329,16 +378,14 @@ class _FunctionWriter(_Writer):
 
     async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool, int]:
         piece = await continuation(self._function, prompt + text)
-        cut = min([piece.find(stop) for stop in stops if stop in piece], default=-1)
-        return (piece, not piece, 0) if cut < 0 else (piece[:cut], True, 0)
+        return piece, not piece, 0
 
-    async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
+    async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate], seconds: float) -> str:
         """What the function goes on with if it is a candidate; else the candidate that shares most with it."""
         said = (await continuation(self._function, prompt + prefix)).lstrip()
         for candidate in candidates:
-            found = re.match(candidate.pattern, said)
-            if found and found[0]:
-                return found[0]
+            if found := _beginning(candidate, said, seconds):
+                return found
         plain = [candidate.text for candidate in candidates if not candidate.is_regex]
         return max(plain, key=lambda text: _n_common(text, said), default="")
 
@@ -357,39 +404,38 @@ class _ModelWriter(_Writer):
     async def write(self, prompt: str, text: str, stops: Sequence[str]) -> tuple[str, bool, int]:
         token_ids, healed = self._seam(prompt + text)
         self._n_written += 1
-        rules: list[Rule[Any]] = []
-        room, n_healed = self._max_new_tokens, len(healed.encode())
+        n_healed = len(healed.encode())
+        rules: list[Rule[Any]] = [_NewTokens(n_healed, self._max_new_tokens, stops)]
         if healed:
-            same_bytes = Grammar.regex(self._llm, f"{escaped(healed)}(?s:.*)")
-            rules = [GrammarRule(same_bytes), _NewTokens(n_healed, self._max_new_tokens)]
-            room += n_healed  # at most so many tokens; the second rule ends the stretch
+            rules.append(GrammarRule(Grammar.regex(self._llm, f"{escaped(healed)}(?s:.*)")))  # the same bytes
         outcome = await walk(
             self._llm,
             token_ids,
             rules,
-            max_new_tokens=room,
+            max_new_tokens=self._max_new_tokens + n_healed,  # at most so many; the first rule ends the stretch
             mode="mask" if healed else "local",
-            stop=list(stops),
             seed=self._seed,
             lineage=(self._n_written,),
             **self._filters,
         )
-        is_written = outcome.text.startswith(healed)
-        piece = outcome.text[len(healed) :] if is_written else ""
+        written = outcome.text
+        if outcome.reason not in ("eos", "stop"):  # the next stretch writes a character that is unfinished
+            data = bytes_of(self._llm, outcome.token_ids)
+            written = data[: whole_characters(data)].decode("utf-8", "replace")
+        is_written = written.startswith(healed)
+        piece = written[len(healed) :] if is_written else ""
         before = self._llm.tokenizer.encode(prompt + text)[len(token_ids) :]
         is_as_before = list(before) == outcome.token_ids[: len(before)]
         return piece, outcome.reason in ("eos", "stop"), len(healed) if is_written and not is_as_before else 0
 
-    async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate]) -> str:
-        """Greedily, among the texts of all candidates."""
+    async def choose(self, prompt: str, prefix: str, candidates: Sequence[Candidate], seconds: float) -> str:
+        """Greedily, among the texts of all candidates that llguidance takes; they need no clock."""
         token_ids, healed = self._seam(prompt + prefix)
-        options = "|".join(f"(?:{c.pattern})" for c in candidates)
+        options = "|".join(f"(?:{c.pattern})" for c in candidates if not c.is_regex or self._compiled(c.pattern))
         blank = " ?" if prefix and not prefix[-1:].isspace() else ""
-        try:
-            constraint = Grammar.regex(self._llm, f"{escaped(healed)}{blank}(?:{options})")
-        except InvalidGrammar:
-            plain = "|".join(c.pattern for c in candidates if not c.is_regex)
-            constraint = Grammar.regex(self._llm, f"{escaped(healed)}{blank}(?:{plain})")
+        constraint = self._compiled(f"{escaped(healed)}{blank}(?:{options})") if options else None
+        if constraint is None:
+            return ""
         state, ids = constraint.start(), list(token_ids)
         for _ in range(_MOST_OF_A_CANDIDATE + len(healed)):
             mask = constraint.mask(state)
@@ -405,6 +451,12 @@ class _ModelWriter(_Writer):
             state = constraint.extend(state, ids[-1])
         written = bytes_of(self._llm, ids[len(token_ids) :]).decode("utf-8", "ignore")
         return written[len(healed) :].lstrip() if constraint.is_complete(state) else ""
+
+    def _compiled(self, pattern: str) -> Grammar | None:
+        try:
+            return Grammar.regex(self._llm, pattern)
+        except InvalidGrammar:
+            return None
 
     def _seam(self, whole: str) -> tuple[list[int], str]:
         """The tokens to continue, and the text of those left out, to be written anew."""
@@ -422,24 +474,36 @@ class _ModelWriter(_Writer):
             return token_ids, ""
 
 
-class _NewTokens(Rule[tuple[int, int]]):
-    """Ends a text after so many tokens that reach beyond its first, healed bytes. A state: bytes to go, new tokens."""
+class _New(NamedTuple):
+    """Healed bytes that are still to come, new tokens, and the end of the new text."""
+
+    n_to_go: int
+    n_tokens: int
+    tail: Tail
+
+
+class _NewTokens(Rule[_New]):
+    """Ends a text after so many tokens that reach beyond its first, healed bytes, or before a stop string there."""
 
     forbids = False
 
-    def __init__(self, n_healed: int, most: int) -> None:
+    def __init__(self, n_healed: int, most: int, stops: Sequence[str]) -> None:
         self._n_healed = n_healed
         self._most = most
+        self._stops = StopStrings(stops) if stops else None
 
-    def init(self, prompt: Prompt) -> tuple[int, int]:
-        return self._n_healed, 0
+    def init(self, prompt: Prompt) -> _New:
+        return _New(self._n_healed, 0, Tail(b""))
 
-    def step(self, state: tuple[int, int], step: Step) -> tuple[tuple[int, int], Verdict]:
-        n_to_go, n_new = state
-        n_to_go -= len(step.piece)
-        n_new += n_to_go < 0
-        is_full = n_new >= self._most and not step.is_end
-        return (max(n_to_go, 0), n_new), Halt("length") if is_full else KEEP
+    def step(self, state: _New, step: Step) -> tuple[_New, Verdict]:
+        piece, tail = step.piece[state.n_to_go :], state.tail
+        verdict: Verdict = KEEP
+        n_tokens = state.n_tokens + bool(piece)
+        if self._stops is not None:
+            tail, verdict = self._stops.step(tail, step._replace(piece=piece))
+        if n_tokens >= self._most and not step.is_end and not isinstance(verdict, Halt):
+            verdict = Halt("length")
+        return _New(max(state.n_to_go - len(step.piece), 0), n_tokens, tail), verdict
 
 
 def _writer_of(
@@ -478,10 +542,15 @@ def _only_beginning(parser: Parser) -> str:
     return candidates[0].text if len(candidates) == 1 and not candidates[0].is_regex else ""
 
 
-def _joined(prefix: str, text: str) -> str:
-    """Word after word with a blank between."""
-    is_word = prefix[-1:].isalnum() and text[:1].isalnum()
-    return f"{prefix} {text}" if is_word else prefix + text
+def _beginning(candidate: Candidate, said: str, seconds: float) -> str:
+    """What a text begins with of a candidate; "" if it is nothing, or takes longer than so many seconds."""
+    try:
+        found = regex.match(candidate.pattern, said, timeout=seconds)
+    except TimeoutError as error:
+        if str(error) != "regex timed out":  # from a handler of signals
+            raise
+        return ""
+    return found[0] if found else ""
 
 
 def _n_common(one: str, other: str) -> int:

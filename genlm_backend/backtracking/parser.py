@@ -44,9 +44,21 @@ class Candidate(NamedTuple):
 
     @property
     def pattern(self) -> str:
-        """An expression that matches its texts, flags included."""
-        plain = self.text if self.is_regex else escaped(self.text)
+        """An expression that matches its texts, flags included; without the look-around of lark's own terminals."""
+        plain = _WITHOUT_LOOK_AROUND.get(self.text, self.text) if self.is_regex else escaped(self.text)
         return f"(?{self.flags}:{plain})" if self.flags else plain
+
+
+class CandidateText(str):
+    """What a grammar writes of a candidate, a string, with what tells how to read it: `is_regex` and `flags`."""
+
+    is_regex: bool
+    flags: str
+
+    def __new__(cls, text: str, is_regex: bool = False, flags: str = "") -> CandidateText:
+        self = super().__new__(cls, text)
+        self.is_regex, self.flags = is_regex, flags
+        return self
 
 
 class Expected(NamedTuple):
@@ -169,9 +181,7 @@ class Parser:
         for name in self._terminals:
             pattern = self._candidate(name).pattern
             try:
-                matchers[name] = Grammar.regex(
-                    self._bytes, _WITHOUT_LOOK_AROUND.get(pattern, pattern), limits=self.limits
-                )
+                matchers[name] = Grammar.regex(self._bytes, pattern, limits=self.limits)
             except InvalidGrammar as error:
                 raise type(error)(KIND, f"terminal {name}: {error.data[1]}", str(error.data[2])) from error
         return matchers
@@ -268,10 +278,11 @@ def load_parser(
 def obtain_correction_pairs(prediction: str, parser: Parser) -> tuple[str, list[str]]:
     """The part of a text that the grammar reads, up to where a terminal begins, and what may come there.
 
-    Candidates are as the grammar writes them: a keyword, or a terminal's regular expression.
+    Candidates are as the grammar writes them: a keyword, or a terminal's regular expression. They are strings that also
+    have `is_regex` and `flags`, by which `choose_candidate` knows expressions.
     """
     expected = parser.expected(prediction)
-    return expected.prefix, [candidate.text for candidate in expected.candidates]
+    return expected.prefix, [CandidateText(*candidate) for candidate in expected.candidates]
 
 
 def escaped(text: str) -> str:

@@ -48,3 +48,33 @@ def chooser(**likely: Mapping[str, float]) -> Says:
         return {piece.encode(): p for piece, p in likely[key].items()}
 
     return says
+
+
+class Spelling:
+    """Text to the longest tokens that fit, from the left, after the token of a beginning."""
+
+    def __init__(self, vocab: Sequence[bytes]) -> None:
+        self._vocab = vocab
+        self.eos_token_id = vocab.index(b"<eos>")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        rest, token_ids = text.encode(), [0] if add_special_tokens else []
+        while rest:
+            token_ids.append(
+                max(range(len(self._vocab)), key=lambda i: rest.startswith(self._vocab[i]) * len(self._vocab[i]))
+            )
+            rest = rest[len(self._vocab[token_ids[-1]]) :]
+        return token_ids
+
+
+def reciter(follows: Mapping[bytes, bytes], *more: bytes) -> AsyncLM:
+    """After a text that ends in a key comes its token, by the longest key; after any other, the end."""
+
+    def says(text: bytes) -> dict[bytes, float]:
+        key = max((key for key in follows if text.endswith(key)), key=len, default=b"")
+        return {follows.get(key, b"<eos>"): 1.0}
+
+    vocab = [b"<p>", *dict.fromkeys([*follows.values(), *more]), b"<eos>"]
+    llm = speaker(vocab, says, [b"<p>", b"<eos>"])
+    llm.tokenizer = Spelling(vocab)
+    return llm

@@ -21,12 +21,23 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import genlm_backend.backtracking as backtracking
-from genlm_backend.backtracking import OpenAICompatible, Outcome, aguide, choose_candidate, guide, load_parser, walk
-from genlm_backend.backtracking.writing import bytes_of
+from genlm_backend.backtracking import (
+    OpenAICompatible,
+    Outcome,
+    aguide,
+    choose_candidate,
+    guide,
+    load_parser,
+    obtain_correction_pairs,
+    walk,
+)
+from genlm_backend.backtracking.writing import bytes_of, whole_characters
 from genlm_backend.errors import InvalidGrammar, InvalidQuery
 from genlm_backend.llm import AsyncLM, AsyncTransformer, MockAsyncLM
-from tests.backtracking.speaker import chooser, speaker
+from genlm_backend.potentials import Limits
+from tests.backtracking.speaker import chooser, reciter, speaker
 
+LETTERS = [bytes([i]) for i in range(32, 127)]
 SQL = "SELECT * FROM students WHERE name SIMILAR TO 'Dan%';"
 
 
@@ -67,6 +78,48 @@ def test_a_terminal_is_opened_where_a_function_says_none_of_it() -> None:
     parser = load_parser('start: "{" NAME ":" STRING "}"\nNAME: /[a-z]+/\nSTRING: /"[^"]*"/\n')
     result = guide(Scripted("age:36}", "36", '"}'), parser, "")
     assert (result.response, result.valid, result.num_grammar_corrections) == ('{age:"36}"}', True, 1)
+
+
+@pytest.mark.parametrize(("answers", "whole"), [(("5x", "kg"), "5kg"), (("5x", "m"), "5m"), (("ax", "m"), "am")])
+def test_a_word_follows_a_word_without_a_blank_where_the_grammar_takes_none(
+    answers: tuple[str, ...], whole: str
+) -> None:
+    parser = load_parser('start: /[0-9]+/ ("kg" | "m" | "lb") | "a" "m"\n')
+    result = guide(Scripted(*answers), parser, "")
+    assert (result.response, result.valid, result.num_grammar_corrections) == (whole, True, 1)
+
+
+JSON_OF_LARKS_DOCUMENTATION = """
+    start: value
+    ?value: object | array | string | SIGNED_NUMBER | "true" | "false" | "null"
+    array: "[" [value ("," value)*] "]"
+    object: "{" [pair ("," pair)*] "}"
+    pair: string ":" value
+    string: ESCAPED_STRING
+    %import common.ESCAPED_STRING
+    %import common.SIGNED_NUMBER
+    %import common.WS
+    %ignore WS
+"""
+
+
+async def test_strings_of_larks_library_are_chosen() -> None:
+    """By functions and by language models, though the expression looks behind."""
+    parser = load_parser(JSON_OF_LARKS_DOCUMENTATION)
+    async with reciter({b", ": b'"', b'"': b"b", b"b": b'"', b'b"': b":"}, *LETTERS) as llm:
+        for drafter in (Scripted('"b": 2}'), llm):
+            result = await aguide(Scripted('{"a": 1, b: 2}', ": 2}"), parser, "", draft_model=drafter)
+            assert (result.response, result.valid) == ('{"a": 1, "b": 2}', True)
+            assert result.correction_log[0].selected_candidate == '"b"'
+
+
+async def test_a_candidate_that_cannot_be_compiled_leaves_the_others() -> None:
+    """llguidance reads this terminal from the grammar, and not lark's expression of it."""
+    parser = load_parser('start: "<" (KEY | /[0-9]+/) ">"\nKEY: ESCAPED_STRING ":"\n%import common.ESCAPED_STRING\n')
+    assert any("(?<!" in candidate.pattern for candidate in parser.expected("<").candidates)
+    async with reciter({b"<": b"7", b"7": b">"}, *LETTERS) as llm:
+        result = await aguide(Scripted("x", ">"), parser, "", draft_model=llm)
+    assert (result.response, result.valid) == ("<7>", True)
 
 
 def test_a_single_candidate_needs_no_model() -> None:
@@ -134,6 +187,23 @@ def test_candidates_are_chosen_by_what_the_model_says() -> None:
     assert choose_candidate(["LIKE", "BETWEEN"], "name ", Scripted("LIMIT")) == "LIKE"
     with pytest.raises(InvalidQuery):
         choose_candidate([], "", Scripted())
+
+
+def test_candidates_of_a_grammar_are_chosen_by_what_they_match() -> None:
+    """Those that a caller writes are texts, also where they look like expressions."""
+    prefix, candidates = obtain_correction_pairs('{"a": ,', load_parser("json"))
+    assert choose_candidate(candidates, prefix, Scripted("-3, ")) == "-3"
+    assert choose_candidate(candidates, prefix, Scripted("null")) == "null"
+    assert choose_candidate(["[0-9]+", "x"], "", Scripted("7")) == "[0-9]+"
+    prefix, candidates = obtain_correction_pairs("5", load_parser('start: /[0-9]/ "KG"i\n'))
+    assert choose_candidate(candidates, prefix, Scripted("kG")) == "kG"
+
+
+@pytest.mark.parametrize(("expression", "said", "response"), [(r"\p{L}+", "été", "été"), ("(a|aa)+b", "a" * 60, "c")])
+def test_expressions_are_matched_as_lark_does_and_in_bounded_time(expression: str, said: str, response: str) -> None:
+    parser = load_parser(f'start: /{expression}/ | "c"\n', limits=Limits(lark_s=0.2))
+    result = guide(Scripted("!", said), parser, "")
+    assert (result.response, result.valid, result.num_grammar_corrections) == (response, True, 1)
 
 
 @pytest.mark.parametrize("grammar", ["json", "arithmetic", "robot"])
@@ -261,11 +331,10 @@ async def test_a_stretch_is_as_long_as_asked_and_healed_over_several_tokens(
                 n_new = int((ends > n_healed).sum())
                 assert n_new == 4 or outcome.reason == "eos"
                 n_otherwise += usual[len(token_ids) :] != outcome.token_ids[: len(usual) - len(token_ids)]
-                text = (kept + bytes_of(llm, outcome.token_ids)).decode("utf-8", "replace")
-                if "\ufffd" in text:
-                    break  # the last character is unfinished: what `guide` goes on from is another text
-            else:
-                assert prompt + result.response == text, "the response is without the prompt"
+                whole = kept + bytes_of(llm, outcome.token_ids)
+                n_bytes = len(whole) if outcome.reason == "eos" else whole_characters(whole)
+                text = whole[:n_bytes].decode("utf-8", "replace")
+            assert prompt + result.response == text, "the response is without the prompt"
     if heals:
         assert max(n_left_out) == 3 and n_otherwise > 0
         assert n_left_out[0] == min(3, len(tiny_tokenizer_512.encode(prompt)) - 1), "the prompt's tail is healed too"
