@@ -19,7 +19,7 @@ class GrammarRule(Rule[Any]):
     With `every=1` each token is checked as it is drawn: one question to the constraint for each, no mask. In mode
     `mask` of the walk, tokens outside are not drawn at all. Both give the same distribution. With `every=k`
     (lookahead), k tokens are drawn unchecked, then all behind the longest part that the constraint reads is taken back:
-    worth it where asking costs more than drawing.
+    worth it where asking costs more than drawing. Where the text ends sooner, the rest is checked there.
 
     Text that ends for lack of room may be unfinished, and with `when_exhausted="accept"` it may leave the grammar; ask
     `accepts(outcome)`.
@@ -43,13 +43,13 @@ class GrammarRule(Rule[Any]):
         return _Read(self.constraint.start(), (), prompt.eos)
 
     def step(self, state: _Read, step: Step) -> tuple[_Read, Verdict]:
-        unread = (*state.unread, step.token_id)
-        if len(unread) < self.every and not step.is_end:
-            return state._replace(unread=unread), Keep(hold=len(unread))
-        return self._checked(state, unread, ends=step.is_end)
+        longer = state._replace(unread=(*state.unread, step.token_id), lengths=(*state.lengths, len(step.piece)))
+        if len(longer.unread) < self.every and not step.is_end:
+            return longer, Keep(hold=len(longer.unread))
+        return self._checked(longer, ends=step.is_end)
 
     def end(self, state: _Read) -> Verdict:
-        return self._checked(state, state.unread, ends=False)[1]
+        return self._checked(state, ends=False)[1]
 
     def allowed(self, state: _Read) -> BoolRow | None:
         """None between checks: what is unread decides nothing yet."""
@@ -88,15 +88,15 @@ class GrammarRule(Rule[Any]):
             read = self.constraint.extend(read, token_id)
         return self.constraint.is_complete(read)
 
-    def _checked(self, state: _Read, unread: tuple[int, ...], ends: bool) -> tuple[_Read, Verdict]:
+    def _checked(self, state: _Read, ends: bool) -> tuple[_Read, Verdict]:
         """Read what was drawn since the last check; the fault, if any, is the first token that cannot be read."""
         read = state.read
-        for i, token_id in enumerate(unread):
-            is_last = ends and i == len(unread) - 1
+        for i, token_id in enumerate(state.unread):
+            is_last = ends and i == len(state.unread) - 1
             symbol = self.constraint.end if is_last else token_id
             if not self.constraint.allows(read, symbol):
-                n_late = len(unread) - 1 - i
-                return state._replace(unread=unread), Undo(n_late + 1, late=n_late, why=self._why(symbol))
+                n_late = len(state.unread) - 1 - i
+                return state, Undo(n_late + 1, late=n_late, why=self._why(symbol), tail=sum(state.lengths[i:]))
             read = read if is_last else self.constraint.extend(read, token_id)
         return _Read(read, (), state.eos), Keep()
 
@@ -105,8 +105,9 @@ class GrammarRule(Rule[Any]):
 
 
 class _Read(NamedTuple):
-    """The constraint's state, the tokens drawn since, and the tokens that end a text."""
+    """The constraint's state, the tokens drawn since, the tokens that end a text, and the bytes of each unread one."""
 
     read: Any
     unread: tuple[int, ...]
     eos: frozenset[int]
+    lengths: tuple[int, ...] = ()

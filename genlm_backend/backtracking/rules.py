@@ -21,7 +21,7 @@ from the state that the shorter prefix had. A rule therefore cannot leak from on
 
 Everything else is optional, and costs nothing where it is not overridden:
 
-    end(state)              verdict when the text ends for lack of room, not by a token
+    end(state)              verdict when the text ends for lack of room or by another rule's Halt, not by a token
     allowed(state)          (vocab,) bool: tokens outside would get an Undo(1); mode `mask` never draws them
     allows(state, token_id) whether `allowed` has this token, where that is told faster than the row is made
     warp(state, row)        reshape the log-probabilities, after temperature and before top-k, top-p and min-p
@@ -232,7 +232,10 @@ class Rule(ABC, Generic[S]):
         """The state one token later, and the verdict on that token; pure."""
 
     def end(self, state: S) -> Verdict:
-        """The verdict when there is no room for another token; `n` counts from the last one."""
+        """The verdict when there is no room for another token; `n` counts from the last one.
+
+        Also asked after a Keep where another rule halts; then only an Undo counts.
+        """
         return KEEP
 
     def allowed(self, state: S) -> BoolRow | None:
@@ -361,6 +364,7 @@ class AllOf(Rule[tuple[Any, ...]]):
     """Several rules as one: of the verdicts on one token, the one that reaches furthest back counts, ties by order.
 
     Positions compare, not lists: text that a Halt cuts off cannot be at fault, and a fault before the cut is undone.
+    Where one halts, those that keep the token are asked for their `end`.
 
     Args:
         rules: The members, each with its own state.
@@ -408,7 +412,15 @@ class AllOf(Rule[tuple[Any, ...]]):
 
     def _joined(self, outcomes: list[tuple[Any, Verdict]], n_bytes: int) -> tuple[tuple[Any, ...], Verdict]:
         states = tuple([state for state, _ in outcomes])
-        return states, self._decided([verdict for _, verdict in outcomes], n_bytes)
+        verdicts = [verdict for _, verdict in outcomes]
+        if any(isinstance(verdict, Halt) for verdict in verdicts):
+            verdicts = [self._at_halt(i, states[i], verdict) for i, verdict in enumerate(verdicts)]
+        return states, self._decided(verdicts, n_bytes)
+
+    def _at_halt(self, i: int, state: Any, verdict: Verdict) -> Verdict:
+        """The verdict of member i on a token where another halts."""
+        ended = self.rules[i].end(state) if isinstance(verdict, Keep) else KEEP
+        return ended if isinstance(ended, Undo) else verdict
 
     def end(self, state: tuple[Any, ...]) -> Verdict:
         return self._decided([member.end(s) for member, s in zip(self.rules, state, strict=True)], 0)

@@ -52,6 +52,8 @@ State = Any
 
 BoolRow = npt.NDArray[np.bool_]
 
+_MOST_FORCED = 1024
+
 
 class Potential(ABC):
     """Log-weights of token sequences; see the top of this file.
@@ -146,9 +148,12 @@ class Constraint(Potential):
         return self.is_alive(self.extend(state, symbol))
 
     def forced(self, state: State) -> tuple[int, ...]:
-        """Tokens that every text of the set must go on with, one after the other; () where there is a choice."""
+        """Tokens that every text of the set must go on with, one after the other; () where there is a choice.
+
+        At most 1,024: a grammar may force text without end. Ask again after them.
+        """
         tokens: list[int] = []
-        while (only := _only_choice(self.mask(state))) is not None and only != self.end:
+        while len(tokens) < _MOST_FORCED and (only := _only_choice(self.mask(state))) is not None and only != self.end:
             tokens.append(only)
             state = self.extend(state, only)
         return tuple(tokens)

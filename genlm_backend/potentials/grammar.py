@@ -26,7 +26,7 @@ import numpy.typing as npt
 from genlm_backend.errors import BackendUnavailable, GrammarTooComplex, InvalidGrammar, UnsupportedGrammar
 from genlm_backend.llm.base import AsyncLM
 from genlm_backend.potentials.base import BoolRow, Constraint, State
-from genlm_backend.potentials.json_schema import checked_schema
+from genlm_backend.potentials.json_schema import checked_schema, spells_keys_plainly, text_of
 from genlm_backend.potentials.limits import Limits, check_nesting
 from genlm_backend.tokenization import Token
 
@@ -101,23 +101,26 @@ class Grammar(Constraint):
         whitespace: bool = True,
         limits: Limits | None = None,
     ) -> Self:
-        """JSON texts that a schema validates.
+        """JSON texts that a schema validates; keys without escapes that they do not need.
+
+        llguidance takes the key "\\u0061" for another one than "a": a text with it is a beginning, never a whole text.
 
         Args:
             llm: The model, or its `GrammarVocabulary`.
-            schema: A JSON Schema as a dictionary or as JSON text.
+            schema: A JSON Schema as a mapping or as JSON text.
             whitespace: Whether there may be white space between the parts of a value: any amount of blanks, tabs and
                 line ends, as in JSON. Small models like to go on with it for ever.
             limits: For schemas that are not trusted.
 
         Raises:
             InvalidGrammar: No JSON, or no schema, or one that nothing satisfies.
-            UnsupportedGrammar: It uses a keyword or format that is not enforced; the message names it.
+            UnsupportedGrammar: It uses a keyword or format that is not enforced, or asks for more properties than the
+                required ones and one; the message names it.
             GrammarTooComplex: It needs more than `limits`.
             BackendUnavailable: llguidance is not installed.
         """
         limits = limits or Limits()
-        text = schema if isinstance(schema, str) else json.dumps(schema)
+        text = text_of(schema)
         plain = checked_schema(text, limits)
         options = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": whitespace}
         compiled = f"{_EXACT}\nstart: %json {json.dumps({**plain, 'x-guidance': options})}\n"
@@ -163,7 +166,7 @@ class Grammar(Constraint):
 
     def is_complete(self, state: State) -> bool:
         parser = self._parser(state)
-        return parser is not None and parser.is_accepting()
+        return parser is not None and parser.is_accepting() and self._may_end(state)
 
     def allows(self, state: State, symbol: int) -> bool:
         if symbol == self.end:
@@ -196,6 +199,8 @@ class Grammar(Constraint):
                 words[i] = 0
         bits = np.unpackbits(words.view(np.uint8), axis=1, count=self.n_tokens + 1, bitorder="little")
         rows: npt.NDArray[np.bool_] = bits.view(np.bool_)
+        for i in rows[:, self.end].nonzero()[0]:
+            rows[i, self.end] = self._may_end(different[i])
         if len(different) == len(states):
             return rows
         place = {id(state): i for i, state in enumerate(different)}
@@ -219,6 +224,12 @@ class Grammar(Constraint):
             ids.append(state.token_id)
             state = state.parent
         return ids[::-1]
+
+    def _may_end(self, state: _Path) -> bool:
+        """Whether a text that the parser has read to its end is one."""
+        if self.kind != "JSON Schema":
+            return True
+        return spells_keys_plainly(b"".join(self.vocabulary.byte_vocab[i].byte_string for i in self.token_ids(state)))
 
     def _parser(self, state: _Path) -> llguidance.LLMatcher | None:
         """The parser that has read this sequence; None if the grammar cannot."""

@@ -1,14 +1,17 @@
-"""Whether a text is a JSON Schema, and small enough, before llguidance reads it.
+"""Whether a text is a JSON Schema, and small enough, before llguidance reads it; and what llguidance does not see.
 
 llguidance itself refuses, by name, the keywords and formats that it knows and does not enforce (`not`, `uniqueItems`,
-`if`, ...), and `oneOf` whose branches it cannot tell apart.
+`if`, ...), and `oneOf` whose branches it cannot tell apart. It tells keys apart by how they are spelled, and counts a
+key as often as it is written; JSON knows "\\u0061" as "a", and has each key once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from genlm_backend.errors import GrammarTooComplex, InvalidGrammar, UnsupportedGrammar
 from genlm_backend.potentials.limits import Limits, check_nesting
@@ -17,15 +20,60 @@ _KIND = "JSON Schema"
 _RAISE = "lower it, or raise `limits` if you trust the schema's author"
 
 
+def text_of(schema: Mapping[str, Any] | bool | str) -> str:
+    """The schema as JSON text.
+
+    Raises:
+        InvalidGrammar: It holds what JSON has not.
+        GrammarTooComplex: It nests too deeply.
+    """
+    if isinstance(schema, str):
+        return schema
+    try:
+        return json.dumps(schema, default=_as_dict)
+    except RecursionError:
+        raise _too_deep() from None
+    except (TypeError, ValueError) as error:
+        raise InvalidGrammar(_KIND, f"it cannot be written as JSON: {error}", "correct it") from None
+
+
+def _as_dict(part: object) -> dict[Any, Any]:
+    if isinstance(part, Mapping):
+        return dict(part)
+    raise TypeError(f"it holds {part!r:.100}, of type {type(part).__name__}")
+
+
+def _too_deep() -> GrammarTooComplex:
+    return GrammarTooComplex(_KIND, "its parts nest too deeply to be read", "flatten it")
+
+
+_WITH_COLON = re.compile(r'("(?:[^"\\]|\\.)*+")(\s*:)?')
+
+
+def spells_keys_plainly(text: bytes) -> bool:
+    """Whether no key of a JSON text has an escape that it does not need, and so could be another key in disguise."""
+    if b"\\" not in text:
+        return True
+    keys = [found[1] for found in _WITH_COLON.finditer(text.decode()) if found[2]]
+    return all(json.dumps(json.loads(key), ensure_ascii=False) == key for key in keys)
+
+
 def checked_schema(text: str, limits: Limits) -> dict[str, Any]:
     """The schema as an object, with some formats as patterns.
 
     Raises:
         InvalidGrammar: It is no JSON object, nor `true`; or its drafts disagree about what it means.
-        UnsupportedGrammar: Nothing that satisfies it could be written.
+        UnsupportedGrammar: Nothing that satisfies it could be written; or it counts properties that may be repeated.
         GrammarTooComplex: It is too large.
     """
     check_nesting(_KIND, text, limits)
+    try:
+        return _checked(text, limits)
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _checked(text: str, limits: Limits) -> dict[str, Any]:
     try:
         schema = json.loads(text)
     except ValueError as error:
@@ -46,15 +94,40 @@ def checked_schema(text: str, limits: Limits) -> dict[str, Any]:
 
 
 def _objects(schema: Any) -> Iterator[dict[str, Any]]:
-    """Every object in the schema that is not a value."""
+    """Every object that is a schema; all objects, where a reference may make a schema of what is none."""
+    everything = list(_dicts(schema))
+    if any(_leads_astray(part.get("$ref")) for part in everything):
+        yield from everything
+        return
     pending = [schema]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, list):
+            pending.extend(part)
+        elif isinstance(part, dict):
+            yield part
+            for key, value in part.items():
+                if key in _NAMED and isinstance(value, dict):
+                    pending.extend(value.values())
+                elif key not in _VALUES:
+                    pending.append(value)
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    pending = [value]
     while pending:
         part = pending.pop()
         if isinstance(part, dict):
             yield part
-            pending.extend(value for key, value in part.items() if key not in _VALUES)
+            pending.extend(part.values())
         elif isinstance(part, list):
             pending.extend(part)
+
+
+def _leads_astray(reference: object) -> bool:
+    """Whether it may lead into a value, or to a collection of schemas."""
+    names = unquote(reference).split("/") if isinstance(reference, str) else [""]
+    return names[-1] in _NAMED or not _VALUES.isdisjoint(names)
 
 
 def _check_object(part: dict[str, Any], schema: dict[str, Any], limits: Limits) -> int:
@@ -71,6 +144,11 @@ def _check_object(part: dict[str, Any], schema: dict[str, Any], limits: Limits) 
         count = part.get(key)
         if isinstance(count, int | float) and count > limits.repetitions:
             raise GrammarTooComplex(_KIND, f"{key} is {count:,}, more than {limits.repetitions:,}", _RAISE)
+    least, required = part.get("minProperties"), part.get("required")
+    most = 1 + (len({name for name in required if isinstance(name, str)}) if isinstance(required, list) else 0)
+    if isinstance(least, int | float) and least > most:  # a second key could be the first one again
+        what = f"minProperties is {least:,}, more than the required properties and one"
+        raise UnsupportedGrammar(_KIND, what, f"require properties by name, or lower it to {most}")
     properties = part.get("properties")
     return len(properties) ** 2 if isinstance(properties, dict) else 0
 

@@ -24,7 +24,8 @@ class LanguageModel(Potential):
     Args:
         llm: The model.
         prompt: Text, encoded as its tokenizer does (with the special tokens it puts first), or token ids.
-        temperature: Divides the log-probabilities of every step, which are then normalised; 0 is greedy.
+        temperature: Divides the log-probabilities of every step, which are then normalised; 0 is greedy: weight 1 for
+            the one text of the most probable tokens, and 0 for all others.
         eos_token_ids: Tokens that end a text; None takes the tokenizer's. Without any, no text ever ends.
         lora_name: The adapter.
 
@@ -58,6 +59,7 @@ class LanguageModel(Potential):
         if unknown := [token_id for token_id in self.eos_token_ids if not 0 <= token_id < self.n_tokens]:
             raise InvalidPotential(f"the end tokens {unknown}", f"token ids from 0 to {self.n_tokens - 1}")
         self._ends = torch.tensor(sorted(self.eos_token_ids), dtype=torch.int64)
+        self._greedy: list[int] = []  # the one sequence of temperature 0, as far as it was asked for
 
     def start(self) -> State:
         return ()
@@ -74,6 +76,8 @@ class LanguageModel(Potential):
             return -math.inf
         if self.temperature == 1.0:
             return await self.llm.sequence_logprob(self.prompt_ids, state, self.lora_name)
+        if self.temperature == 0.0:
+            return 0.0 if await self._is_greedy(state) else -math.inf
         total = 0.0
         for first in range(0, len(state), _ROWS_AT_ONCE):
             ends = range(first, min(first + _ROWS_AT_ONCE, len(state)))
@@ -106,6 +110,13 @@ class LanguageModel(Potential):
     async def batch_logw_next(self, states: Sequence[State]) -> torch.Tensor:
         if not states:
             return torch.empty(0, self.n_tokens + 1)
+        rows = await self._rows(states)
+        if self.temperature == 0.0:
+            rows[[i for i, state in enumerate(states) if not await self._is_greedy(state)]] = -math.inf
+        return rows
+
+    async def _rows(self, states: Sequence[State]) -> torch.Tensor:
+        """What follows each, were it alive."""
         contexts = [self.context(state) for state in states]
         logprobs = await self.llm.batch_next_token_logprobs(contexts, self.lora_name)
         if self.temperature != 1.0:
@@ -117,6 +128,17 @@ class LanguageModel(Potential):
         rows[:, ends] = -math.inf
         rows[[i for i, state in enumerate(states) if self._is_over(state)]] = -math.inf
         return rows
+
+    async def _is_greedy(self, state: State) -> bool:
+        """Whether each token is the most probable one; at temperature 0 any other sequence is dead."""
+        known = self._greedy
+        while (first := len(known)) < len(state) and known == list(state[:first]):
+            ends = range(first, min(first + _ROWS_AT_ONCE, len(state)))
+            rows = await self._rows([state[:end] for end in ends])
+            for end, best in zip(ends, rows.argmax(1).tolist(), strict=True):
+                if known == list(state[:end]):
+                    known.append(best)
+        return known[: len(state)] == list(state)
 
     def _is_over(self, state: State) -> bool:
         return not self.eos_token_ids.isdisjoint(state)

@@ -100,6 +100,22 @@ async def test_looking_ahead_takes_back_to_the_longest_part_that_is_read() -> No
         assert rule.is_valid(outcome.state[0])
 
 
+@pytest.mark.parametrize(
+    ("stop", "texts"),
+    [(b"\2", [b"\0\0\2", b"\0\1\2", b"\1\1\2"]), (b"\1\2", [b"\0\0\2\3", b"\0\1\2", b"\1\1\2", b"\1\2"])],
+)
+@pytest.mark.parametrize("order", [1, -1])
+async def test_a_stop_string_ends_only_what_the_grammar_reads(stop: bytes, texts: list[bytes], order: int) -> None:
+    """However far it looks ahead. Of a stop string of two tokens the second is cut off, and cannot be at fault."""
+    async with fake_language_model(FakeEngine(n_logits=4), n_vocab=4) as llm:
+        for every in (1, 2, 3, 8):
+            rule = GrammarRule(StringSet(llm, [b"\0\0\2", b"\0\1\2", b"\1\1\2"]), every=every)
+            rules = [rule, StopStrings([stop])][::order]
+            options: dict[str, Any] = {"max_new_tokens": 8, "eos": [EOS], "temperature": 20.0}  # all texts come up
+            walks = [walk(llm, PROMPT, rules, seed=seed, **options) for seed in range(60)]
+            assert {bytes(outcome.token_ids) for outcome in await asyncio.gather(*walks)} == set(texts)
+
+
 async def test_text_without_room_is_unfinished_not_wrong() -> None:
     engine = FakeEngine(n_logits=4)
     async with fake_language_model(engine, n_vocab=4) as llm:

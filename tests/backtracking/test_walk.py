@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from genlm_backend import sampling
-from genlm_backend.backtracking import Budget, Forced, Overlay, Replace, Retract, Undo, all_of, phrases, rule, walk
+from genlm_backend.backtracking import (
+    Budget,
+    Forced,
+    Halt,
+    Overlay,
+    Replace,
+    Retract,
+    Undo,
+    all_of,
+    phrases,
+    rule,
+    walk,
+)
 from genlm_backend.errors import InvalidQuery, RuleRefused, WalkExhausted
 from genlm_backend.testing import FakeEngine, check_idle, fake_language_model
 from tests.backtracking import toy
@@ -81,6 +93,15 @@ async def test_of_a_ban_and_a_stop_in_one_token_the_first_in_the_text_counts():
     assert (outcome.text, outcome.reason, outcome.n_undos) == ("a", "eos", 1)
     outcome = await said(phrases("stop"), stop="b", likely=likely)
     assert (outcome.text, outcome.reason, outcome.n_undos) == ("", "stop", 0)
+
+
+async def test_what_is_banned_at_the_end_is_also_banned_where_another_rule_ends_the_text():
+    """But not within what that rule cuts off."""
+    likely = {"otherwise": {"a": 1.0}, "a": {" here": 0.9, " stop": 0.1}}
+    for cut, n_undos, text in [(0, 1, "a stop"), (5, 0, "a")]:
+        second = rule(lambda s, cut=cut: Halt("second", cut) if len(s.path) == 2 else None)
+        outcome = await said([second, phrases("here")], likely=likely)
+        assert (outcome.text, outcome.reason, outcome.n_undos) == (text, "second", n_undos)
 
 
 async def test_an_async_judge_is_a_rule():

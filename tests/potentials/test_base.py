@@ -99,6 +99,14 @@ def test_forced_tokens_have_no_alternative() -> None:
     assert constraint.forced((2,)) == ()
 
 
+def test_what_is_forced_without_end_is_told_in_part() -> None:
+    class Endless(Listed):
+        def is_alive(self, state: Any) -> bool:
+            return not any(state)
+
+    assert set(Endless((), N).forced(())) == {0}
+
+
 class WrongNext(Table):
     async def logw_next(self, state: Any) -> torch.Tensor:
         return (await super().logw_next(state)) + 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from typing import Any
 
 import jsonschema
@@ -10,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from genlm_backend.errors import GrammarTooComplex, InvalidGrammar, UnsupportedGrammar
-from genlm_backend.potentials import Grammar, GrammarVocabulary
+from genlm_backend.potentials import Grammar, GrammarVocabulary, Limits
+from genlm_backend.testing import check_potential
 from genlm_backend.tokenization import decode_vocab
 from tests.potentials import schemas
 from tests.potentials.sampling_texts import RandomWriter
@@ -99,6 +101,8 @@ def test_a_text_that_is_not_valid_is_not_allowed(vocabulary: GrammarVocabulary) 
         ({"$dynamicRef": "#x"}, "dynamicRef"),
         ({"properties": {"a": {}}, "maxProperties": 1}, "maxProperties"),
         ({"type": "integer", "multipleOf": 2, "maximum": -3}, "multipleOf"),
+        ({"additionalProperties": {"type": "integer"}, "minProperties": 2}, "minProperties is 2"),
+        ({"required": ["a", "a"], "minProperties": 3}, "minProperties is 3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -121,6 +125,9 @@ def test_what_is_not_enforced_is_refused_by_name(vocabulary: GrammarVocabulary, 
         ({"type": "strin"}, "strin"),
         ({"minimum": 0, "exclusiveMinimum": True}, "draft-04"),
         ({"items": [{}]}, "2020-12"),
+        ({"properties": {"example": {"items": [{}]}}}, "2020-12"),
+        ({"const": b"bytes"}, "bytes"),
+        ({("a", "b"): {}}, "tuple"),
     ],
 )
 def test_what_is_no_schema_is_refused(vocabulary: GrammarVocabulary, schema: Any, says: str) -> None:
@@ -173,3 +180,77 @@ def test_counts_and_sizes_are_bounded(vocabulary: GrammarVocabulary) -> None:
     with pytest.raises(GrammarTooComplex, match="properties"):
         Grammar.json_schema(vocabulary, {"properties": {f"p{i}": {} for i in range(3000)}})
     Grammar.json_schema(vocabulary, {"enum": [{"maxItems": 10**9}], "properties": {"items": {"items": True}}})
+
+
+def test_schemas_that_cannot_be_written_are_refused(vocabulary: GrammarVocabulary) -> None:
+    circular: dict[str, Any] = {}
+    circular["items"] = circular
+    with pytest.raises(InvalidGrammar, match="Circular"):
+        Grammar.json_schema(vocabulary, circular)
+    deep: dict[str, Any] = {}
+    for _ in range(10_000):
+        deep = {"items": deep}
+    with pytest.raises(GrammarTooComplex, match="nest"):
+        Grammar.json_schema(vocabulary, deep)
+    with pytest.raises(GrammarTooComplex, match="nest"):
+        Grammar.json_schema(vocabulary, '{"items":' * 9_000 + "{}" + "}" * 9_000, limits=Limits(nesting=10_000))
+
+
+def test_a_schema_may_be_any_mapping(vocabulary: GrammarVocabulary) -> None:
+    schema = types.MappingProxyType({"properties": types.MappingProxyType({"a": {"type": "integer"}})})
+    grammar = Grammar.json_schema(vocabulary, schema)
+    assert grammar.is_complete(grammar.state_of(vocabulary.words(b'{"a": 1}')))
+    assert not grammar.is_alive(grammar.state_of(vocabulary.words(b'{"a": "')))
+
+
+@pytest.mark.parametrize("name", ["default", "example", "examples", "const", "enum"])
+def test_names_hide_nothing_from_the_limits(vocabulary: GrammarVocabulary, name: str) -> None:
+    limits = Limits(repetitions=5)
+    long = {"type": "array", "items": {"type": "string"}, "minItems": 6}
+    schemas_with_it = [
+        {"properties": {name: long}, "required": [name]},
+        {"$ref": f"#/$defs/{name}", "$defs": {name: long}},
+        {"$ref": f"#/definitions/{name}", "definitions": {name: long}},
+        {"$ref": "#/$defs", "$defs": long},
+        {"$ref": "#/x/default", "x": {"default": long}},
+        {"$ref": "#/%64efault", "default": long},
+        {"$ref": "#/examples/0", "examples": [long]},
+    ]
+    for schema in schemas_with_it:
+        with pytest.raises(GrammarTooComplex, match="minItems is 6"):
+            Grammar.json_schema(vocabulary, schema, limits=limits)
+    Grammar.json_schema(vocabulary, {"properties": {"a": {name: [long]}, "exclusiveMinimum": True}}, limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_valid"),
+    [
+        (r'{"a": 1}', True),
+        (r'{"a": 1, "b": "x", "x1": true}', True),
+        (r'{"a": 1, "c\"d\\": "x\n", "\n": 1, "e\u0001": 1}', True),
+        (r'{"a": 1, "\u0061": "x"}', False),
+        (r'{"a": 1, "a/b": 2, "a\/b": "x"}', False),
+        (r'{"a": 1, "\n\t": 2, "\n\u0009": "x"}', False),
+        (r'{"a": 1, "\u00781": "x"}', False),
+        (r'{"a": 1, "b": [{"a": "\\u0061"}, {"c" : "\n"}]}', True),
+    ],
+)
+async def test_a_name_cannot_be_spelled_in_another_way(
+    vocabulary: GrammarVocabulary, text: str, is_valid: bool
+) -> None:
+    integer = {"type": "integer"}
+    named = {"a": integer, "a/b": integer, "\n\t": integer}
+    schema = {"properties": named, "required": ["a"], "patternProperties": {"^x": {"type": "boolean"}}}
+    assert validator_of(schema).is_valid(json.loads(text)) == is_valid
+    grammar = Grammar.json_schema(vocabulary, schema)
+    token_ids = vocabulary.words(text.encode())
+    assert grammar.is_complete(grammar.state_of(token_ids)) == is_valid
+    await check_potential(grammar, [token_ids], symbols=range(0, 512, 9))
+
+
+def test_keys_that_are_counted_differ(vocabulary: GrammarVocabulary) -> None:
+    schema = {"required": ["a"], "additionalProperties": {"type": "integer"}, "minProperties": 2}
+    grammar = Grammar.json_schema(vocabulary, schema)
+    for text, is_valid in [('{"a": 1}', False), ('{"a": 1, "a": 2}', False), ('{"a": 1, "b": 2}', True)]:
+        assert validator_of(schema).is_valid(json.loads(text)) == is_valid
+        assert grammar.is_complete(grammar.state_of(vocabulary.words(text.encode()))) == is_valid

@@ -23,15 +23,16 @@ def model() -> AsyncLM:
     return fake_language_model(FakeEngine(n_logits=12), n_vocab=12)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0, 0.0])
 @pytest.mark.parametrize("ends", [[2], [2, 7], []], ids=str)
 async def test_the_laws_hold(temperature: float, ends: list[int]) -> None:
     async with model() as llm:
         potential = LanguageModel(llm, PROMPT, temperature=temperature, eos_token_ids=ends)
         await check_potential(potential, SEQUENCES)
-        row = await potential.logw_next(potential.state_of([5]))
+        begun = [5] if temperature else []  # greedy texts begin otherwise
+        row = await potential.logw_next(potential.state_of(begun))
         assert float(row.logsumexp(0)) == pytest.approx(0, abs=1e-5), "normalised"
-        plain = with_temperature(await llm.next_token_logprobs([*PROMPT, 5]), temperature)
+        plain = with_temperature(await llm.next_token_logprobs([*PROMPT, *begun]), temperature)
         assert row[ends].isneginf().all()
         if ends:
             assert float(row[-1]) == pytest.approx(float(plain[ends].logsumexp(0)), abs=1e-5)
@@ -50,6 +51,20 @@ async def test_greedy_is_one_token() -> None:
     async with model() as llm:
         row = await LanguageModel(llm, PROMPT, temperature=0, eos_token_ids=[]).logw_next(())
         assert row.isfinite().sum() == 1 and row.max() == 0
+
+
+async def test_what_is_not_greedy_stays_dead() -> None:
+    async with model() as llm:
+        potential = LanguageModel(llm, PROMPT, temperature=0, eos_token_ids=[2])
+        text: list[int] = []
+        while len(text) < 5 and (best := int((await potential.logw_next(potential.state_of(text))).argmax())) < 12:
+            text.append(best)
+        assert len(text) > 2
+        sequences = [text, [(text[0] + 1) % 12, *text], [*text[:2], (text[2] + 1) % 12, 5]]
+        await check_potential(potential, sequences)
+        again = LanguageModel(llm, PROMPT, temperature=0, eos_token_ids=[2])
+        states = [again.state_of(text), again.state_of(sequences[1]), again.state_of(sequences[2]), again.start()]
+        assert await again.batch_prefix(states) == [0.0, -math.inf, -math.inf, 0.0]
 
 
 async def test_a_population_is_one_forward() -> None:
