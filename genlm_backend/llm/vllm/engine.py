@@ -7,10 +7,11 @@ tokens in common (these are computed first), are prefixes of one another, or are
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,28 +82,18 @@ class VirtualEngine(Engine):
             EngineStalled: vLLM schedules nothing although all other sessions are ended.
             Exception: Whatever the forward raises; all sessions are ended then, and the core made anew if need be.
         """
-        with self._lock, torch.inference_mode():
-            if self._is_dead:
-                self._restart()
-            _prepare_thread(self.core.device)
+        with self._serving():
             if self._is_to_forget:
                 self._forget()
-            try:
-                return self._evaluate(contexts)
-            except EngineStalled:
-                self._forget()
-                raise
-            except BaseException:
-                self._repair()
-                raise
+            return self._sound(self._evaluate(contexts))
 
     def uncached(self, contexts: Sequence[Context]) -> torch.Tensor:
-        """Rows of requests of their own that read no cache: the oracle. Shape as in `evaluate`; from any thread."""
-        with self._lock, torch.inference_mode():
-            if self._is_dead:
-                self._restart()
-            _prepare_thread(self.core.device)
-            return self._uncached(contexts)
+        """Rows of requests of their own that read no cache: the oracle. Shape and errors as in `evaluate`; any thread.
+
+        vLLM names their blocks for the prefix cache, too, before they are computed: a failure leaves none of them.
+        """
+        with self._serving():
+            return self._sound(self._uncached(contexts))
 
     def counts(self) -> EngineCounts:
         """See `Engine`."""
@@ -310,9 +301,33 @@ class VirtualEngine(Engine):
 
     # ---- failures
 
+    @contextlib.contextmanager
+    def _serving(self) -> Iterator[None]:
+        """One call at a time, on a core that runs; whatever it raises leaves nothing half computed."""
+        with self._lock, torch.inference_mode():
+            if self._is_dead:
+                self._restart()
+            _prepare_thread(self.core.device)
+            try:
+                yield
+            except EngineStalled:
+                self._forget()
+                raise
+            except BaseException:
+                self._repair()
+                raise
+
+    def _sound(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows; where one is not finite everything is forgotten, as the keys and values it left may be NaN."""
+        first = rows[:, 0].isfinite()
+        if not first.all() and not rows[~first].amax(-1).isfinite().all():
+            self._forget()
+        return rows
+
     def _forget(self) -> None:
         self._is_to_forget = False
         self._ledger.clear()
+        self.transport.forget()
         self.core.forget()
 
     def _repair(self) -> None:

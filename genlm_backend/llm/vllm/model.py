@@ -57,13 +57,21 @@ class AsyncVirtualLM(AsyncLM):
         )
 
     @classmethod
-    def from_name(cls, model_name: str, engine_opts: Mapping[str, Any] | None = None, **kwargs: Any) -> Self:
+    def from_name(
+        cls,
+        model_name: str,
+        engine_opts: Mapping[str, Any] | None = None,
+        *,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> Self:
         """Load a model and its tokenizer.
 
         Args:
             model_name: 'smollm2', a Hugging Face id, a local folder, or a `.gguf` path.
             engine_opts: Options of `vllm.EngineArgs`, such as `dtype`, `max_model_len`, `max_num_seqs` (live requests),
                 `kv_cache_memory_bytes`, `gpu_memory_utilization`. Parallel and speculative ones are refused.
+            trust_remote_code: Let the model and its tokenizer run code of their own.
             kwargs: `batch_size`, most distinct contexts in one batch (default: `max_num_seqs`); `row_memo_bytes`,
                 bound of remembered rows.
 
@@ -74,6 +82,8 @@ class AsyncVirtualLM(AsyncLM):
                 `genlm_backend.errors`.
         """
         options = dict(engine_opts or {})
+        if trust_remote_code:
+            options["trust_remote_code"] = True
         names = ("revision", "trust_remote_code")
         where = str(resolve_model(model_name))
 

@@ -57,6 +57,9 @@ class Transport(ABC):
     def flush(self) -> None:
         """Called once before each step, after everything above."""
 
+    def forget(self) -> None:
+        """Drop what was to be given with the next step; its requests are ended."""
+
     def completed(self, names: Collection[str], step: Step) -> list[str]:
         """Which of these requests have the row of their last token now."""
         return [name for name in names if name in step.answered]
@@ -160,6 +163,10 @@ class Live(Transport):
         if self._feeds:
             feeds, self._feeds = self._feeds, []
             self._runner.write(feeds)
+
+    def forget(self) -> None:
+        """See `Transport`."""
+        self._feeds = []
 
     def completed(self, names: Collection[str], step: Step) -> list[str]:
         """See `Transport`. A prompt that is computed in chunks has rows before its last token; they are passed over."""

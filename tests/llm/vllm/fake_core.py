@@ -33,6 +33,7 @@ class FakeCore:
         stalled_steps: So many steps schedule nothing.
         preempt_next: Names of requests that the next step preempts.
         most_requests: Requests that are ever held at once.
+        n_forgotten: How often everything was forgotten.
     """
 
     device = torch.device("cpu")
@@ -50,7 +51,7 @@ class FakeCore:
         self.fail_on: dict[int, BaseException] = {}
         self.preempt_next: set[str] = set()
         self.stalled_steps = 0
-        self.most_requests = 0
+        self.most_requests = self.n_forgotten = 0
         self.is_dead = self.is_closed = False
         self._noise = MockEngine(N_LOGITS)
 
@@ -113,6 +114,7 @@ class FakeCore:
 
     def forget(self) -> None:
         self.requests.clear()
+        self.n_forgotten += 1
         self.step()
 
     def close(self) -> None:
@@ -168,4 +170,5 @@ def make_engine(transport: Any = FakeLive, **sizes: int) -> tuple[VirtualEngine,
     engine = VirtualEngine(make_core(), make_core, transport)
     engine.remember_health()
     engine.reset()
+    cores[0].n_forgotten = 0
     return engine, cores

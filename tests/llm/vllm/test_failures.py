@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from genlm_backend.errors import EvaluationFailed, ModelClosed
+from genlm_backend.errors import EvaluationFailed, ModelClosed, NonFiniteLogits
 from genlm_backend.llm import AsyncVirtualLM
 from tests.llm.conftest import TINY_OPTIONS
 
@@ -105,6 +105,40 @@ async def test_a_forward_that_raises_harms_the_request_that_causes_it_only(
     for ids in asked:
         assert await is_right(tiny, ids, await tiny.next_token_logprobs(ids))
     assert tiny.tally.restarted == 0
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_an_oracle_that_raises_leaves_no_blocks_that_were_not_computed(
+    tiny: AsyncVirtualLM, poisoned: dict[str, Any], is_late: bool
+) -> None:
+    """Of two blocks and more, so that the prefix cache knows them by name."""
+    tiny.clear_cache()
+    await tiny.next_token_logprobs(TRUNK)  # before which it was cleared
+    ids = [*(200 + (7 * i + is_late) % 50 for i in range(70)), BAD]
+    poisoned |= {"error": RuntimeError("boom"), "is_late": is_late}
+    with pytest.raises(RuntimeError, match="boom"):
+        await tiny.next_token_logprobs_uncached(ids)
+    poisoned["error"] = None
+    assert await is_right(tiny, ids, await tiny.next_token_logprobs(ids))
+    assert tiny.tally.restarted == 0
+
+
+async def test_keys_and_values_that_are_nan_are_not_kept(tiny: AsyncVirtualLM) -> None:
+    """An embedding is NaN for a while: who asks again, or goes on, gets what is computed anew."""
+    tiny.clear_cache()
+    held = [*(300 + i % 50 for i in range(40)), BAD, *TRUNK]
+    weight = tiny._engine.core.runner.model.model.embed_tokens.weight.data
+    kept = weight[BAD].clone()
+    with torch.inference_mode():
+        weight[BAD] = torch.nan
+    try:
+        with pytest.raises(NonFiniteLogits):
+            await tiny.next_token_logprobs(held)
+    finally:
+        with torch.inference_mode():
+            weight[BAD] = kept
+    for ids in (held, [*held, 5]):
+        assert await is_right(tiny, ids, await tiny.next_token_logprobs(ids))
 
 
 async def test_an_engine_that_died_is_made_anew(tiny: AsyncVirtualLM) -> None:

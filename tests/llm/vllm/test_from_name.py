@@ -13,6 +13,7 @@ import threading
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from genlm_backend.errors import (
 )
 from genlm_backend.llm import AsyncLM, AsyncVirtualLM, load_model_by_name
 from genlm_backend.llm.vllm import core, transports
+from genlm_backend.llm.vllm.capture import Captured
 from tests.llm.conftest import TINY_OPTIONS
 from tests.llm.vllm.conftest import next_best_to_live
 
@@ -81,6 +83,35 @@ def test_what_vllm_raises_while_it_starts_is_told_as_it_was(raised: Exception, k
         raise error
 
 
+def test_what_vllm_froze_is_unfrozen_and_what_the_program_froze_is_not() -> None:
+    assert gc.get_freeze_count() == 0
+    try:
+        with core._process_state_kept():
+            gc.freeze()
+        assert gc.get_freeze_count() == 0
+        gc.freeze()
+        n_frozen = gc.get_freeze_count()
+        with core._process_state_kept():
+            pass
+        assert gc.get_freeze_count() == n_frozen
+    finally:
+        gc.unfreeze()
+
+
+def test_an_engine_that_is_dropped_is_not_counted_as_open() -> None:
+    before = len(core._open)
+    dropped, engine = (core.Core(MagicMock(), Captured()) for _ in range(2))
+    core._open.update((dropped, engine))
+    assert len(core._open) == before + 2
+    last, kept = engine.engine.shutdown, weakref.ref(dropped)
+    del dropped
+    gc.collect()
+    assert kept() is None and len(core._open) == before + 1
+    engine.close()
+    engine.close()
+    assert len(core._open) == before and last.call_count == (not before)
+
+
 @pytest.mark.model
 class TestWithVllm:
     """Needs the real one."""
@@ -120,6 +151,28 @@ class TestWithVllm:
         await llm.aclose()
         gc.collect()
         assert model() is None
+
+    def test_an_engine_that_is_dropped_without_close_is_freed(self, tiny_folder: Path) -> None:
+        """Also the first one of a process, whose frames vLLM's modules would keep with the imports that failed."""
+        code = (
+            "import gc, threading, weakref\n"
+            "from genlm_backend.llm import AsyncVirtualLM\n"
+            "from genlm_backend.llm.vllm import core\n"
+            f"llm = AsyncVirtualLM.from_name({str(tiny_folder)!r}, {TINY_OPTIONS!r})\n"
+            "assert gc.get_freeze_count() == 0 and len(core._open) == 1\n"
+            "llm.next_token_logprobs_sync([1, 2])\n"
+            "model = weakref.ref(llm._engine.core.runner.model)\n"
+            "(thread,) = (thread for thread in threading.enumerate() if thread.name == 'genlm-engine')\n"
+            "del llm\n"
+            "for _ in range(100):\n"
+            "    gc.collect()\n"
+            "    thread.join(0.1)\n"
+            "    if not thread.is_alive():\n"
+            "        break\n"
+            "gc.collect()\n"
+            "assert model() is None and not len(core._open)\n"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=110)
 
     async def test_a_slower_transport_warns_with_the_reason(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch

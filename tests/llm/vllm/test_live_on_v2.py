@@ -96,3 +96,22 @@ def test_random_asks_on_few_slots_and_blocks() -> None:
     engine.end_sessions()
     core.step()
     assert core.n_free_blocks() == core.n_blocks
+
+
+def test_tokens_of_a_wave_that_could_not_be_given_are_not_fed_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine()
+    engine.use(Live)
+    engine.remember_health()
+    held = Context(None, (1, 2, 3))
+    engine.evaluate([held])
+
+    def fails(*args: Any) -> None:
+        raise MemoryError("no room for a request")
+
+    monkeypatch.setattr(engine.transport, "open", fails)
+    with pytest.raises(MemoryError):
+        engine.evaluate([Context(None, (*held.token_ids, 4)), Context(None, (9, 9))])  # the first one is an extension
+    monkeypatch.undo()
+    innocent = [Context(None, (7, 8))]
+    assert torch.equal(engine.evaluate(innocent), engine.uncached(innocent))
+    assert engine.tally.restarted == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 from typing import Any
 
@@ -242,6 +243,62 @@ def test_a_core_that_computes_something_else_after_a_failure_is_made_anew() -> N
     with pytest.raises(RuntimeError, match="boom"):
         engine.evaluate(asked((13,)))
     assert len(cores) == 2 and engine.tally.restarted == 1
+
+
+def test_after_a_failed_step_of_the_oracle_nothing_that_it_began_is_kept() -> None:
+    """vLLM names blocks when it schedules them: what was never computed would be found by a later request."""
+    engine, (core,) = make_engine()
+    check(engine, asked(PROMPT))
+    core.fail_on = {13: RuntimeError("boom")}
+    with pytest.raises(RuntimeError, match="boom"):
+        engine.uncached(asked((*PROMPT, 13)))
+    assert not core.requests and len(engine._ledger) == 0 and core.n_forgotten == 1
+    check(engine, asked((*PROMPT, 1)))
+    assert engine.tally.restarted == 0
+
+
+def test_an_oracle_on_a_dead_core_makes_another_one() -> None:
+    engine, cores = make_engine()
+    cores[0].is_dead = True
+    with pytest.raises(RuntimeError, match="dead"):
+        engine.uncached(asked(PROMPT))
+    assert len(cores) == 2 and engine.tally.restarted == 1
+    check(engine, asked(PROMPT))
+
+
+def test_an_oracle_that_stands_still_is_a_clear_error() -> None:
+    engine, (core,) = make_engine()
+    core.stalled_steps = 9
+    with pytest.raises(EngineStalled):
+        engine.uncached(asked(PROMPT))
+    assert not core.requests
+    core.stalled_steps = 0
+    check(engine, asked(PROMPT))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("how", ["evaluate", "uncached"])
+def test_what_gave_a_row_that_is_not_finite_is_computed_anew(how: str, bad: float) -> None:
+    """Keys and values that are NaN would make every continuation NaN, also where the cause has passed."""
+    engine, (core,) = make_engine()
+    check(engine, asked((7, 7)))
+    row = core.row
+    core.row = lambda ids: torch.full((N_LOGITS,), bad) if 13 in ids else row(ids)  # type: ignore[method-assign]
+    rows = getattr(engine, how)(asked((*PROMPT, 13), (*PROMPT, 1)))
+    assert not rows[0].isfinite().any() and torch.equal(rows[1], row((*PROMPT, 1)))
+    assert engine.counts().kv_tokens == 0 and not core.requests and core.n_forgotten == 1
+    core.row = row  # type: ignore[method-assign]
+    n_before = core.n_computed
+    check(engine, asked((*PROMPT, 13, 2)))
+    assert core.n_computed - n_before == len(PROMPT) + 2
+
+
+def test_a_row_in_which_some_tokens_are_impossible_is_kept() -> None:
+    engine, (core,) = make_engine()
+    row = core.row
+    core.row = lambda ids: row(ids).index_fill(0, torch.tensor([0, 3]), -math.inf)  # type: ignore[method-assign]
+    engine.evaluate(asked(PROMPT))
+    assert engine.counts().kv_tokens == len(PROMPT) and core.n_forgotten == 0
 
 
 def test_clearing_ends_all_sessions_before_the_next_batch() -> None:
