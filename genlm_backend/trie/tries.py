@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -312,8 +312,9 @@ class AsyncTokenCharacterTrie:
     """A trie that any number of coroutines, event loops and threads ask at the same time; its methods are awaited.
 
     What waits together is computed together, in a thread of its own, so that the event loop goes on. Weights are
-    checked and copied when the call is made: wrong ones fail that call alone, and changing them later changes nothing.
-    Cancelling one call, or one that fails, changes no other. Every result is an array of its own.
+    checked and copied when the call is made, also where its coroutine is awaited later: changing them then changes
+    nothing, and wrong ones raise where that call is awaited. Cancelling one call, or one that fails, changes no other.
+    Every result is an array of its own.
 
     The thread starts with the first request. `aclose` (or `cleanup`, or `async with`) ends it; asking again starts
     another, also in a forked process.
@@ -350,47 +351,49 @@ class AsyncTokenCharacterTrie:
             raise UnknownTrieBackend(backend, sorted(kinds))
         return cls(kinds[backend](vocab, **options))
 
-    async def weight_sum(self, ws: Weights) -> NodeWeights:
+    def weight_sum(self, ws: Weights) -> Coroutine[Any, Any, NodeWeights]:
         """As `TokenCharacterTrie.weight_sum`."""
-        return await self._ask_row(ws, "sum")
+        return self._ask_all(ws, 1, "sum")
 
-    async def weight_max(self, ws: Weights) -> NodeWeights:
+    def weight_max(self, ws: Weights) -> Coroutine[Any, Any, NodeWeights]:
         """As `TokenCharacterTrie.weight_max`."""
-        return await self._ask_row(ws, "max")
+        return self._ask_all(ws, 1, "max")
 
-    async def weight_logsumexp(self, ws: Weights) -> NodeWeights:
+    def weight_logsumexp(self, ws: Weights) -> Coroutine[Any, Any, NodeWeights]:
         """As `TokenCharacterTrie.weight_logsumexp`."""
-        return await self._ask_row(ws, "logsumexp")
+        return self._ask_all(ws, 1, "logsumexp")
 
-    async def batch_weight_sum(self, ws: Weights) -> NodeWeights:
+    def batch_weight_sum(self, ws: Weights) -> Coroutine[Any, Any, NodeWeights]:
         """As `TokenCharacterTrie.batch_weight_sum`."""
-        return await self._ask(ws, 2, "sum")
+        return self._ask_all(ws, 2, "sum")
 
-    async def batch_weight_max(self, ws: Weights) -> NodeWeights:
+    def batch_weight_max(self, ws: Weights) -> Coroutine[Any, Any, NodeWeights]:
         """As `TokenCharacterTrie.batch_weight_max`."""
-        return await self._ask(ws, 2, "max")
+        return self._ask_all(ws, 2, "max")
 
-    async def batch_weight_logsumexp(self, ws: Weights) -> NodeWeights:
+    def batch_weight_logsumexp(self, ws: Weights) -> Coroutine[Any, Any, NodeWeights]:
         """As `TokenCharacterTrie.batch_weight_logsumexp`."""
-        return await self._ask(ws, 2, "logsumexp")
+        return self._ask_all(ws, 2, "logsumexp")
 
-    async def children_weights(self, ws: Weights, node: int, reduction: Reduction = "sum") -> NodeWeights:
+    def children_weights(
+        self, ws: Weights, node: int, reduction: Reduction = "sum"
+    ) -> Coroutine[Any, Any, NodeWeights]:
         """As `TokenCharacterTrie.children_weights`."""
-        return await self._ask_some(ws, self.trie._segments_of_children(node), reduction)
+        return self._ask_some(ws, lambda: self.trie._segments_of_children(node), reduction)
 
-    async def prefix_weights(
+    def prefix_weights(
         self, ws: Weights, prefixes: Sequence[Iterable[Any]], reduction: Reduction = "sum"
-    ) -> NodeWeights:
+    ) -> Coroutine[Any, Any, NodeWeights]:
         """As `TokenCharacterTrie.prefix_weights`."""
-        return await self._ask_some(ws, self.trie._segments_of_prefixes(prefixes), reduction)
+        return self._ask_some(ws, lambda: self.trie._segments_of_prefixes(prefixes), reduction)
 
-    async def mass_sum(self, p_llm: Weights) -> NodeWeights:
+    def mass_sum(self, p_llm: Weights) -> Coroutine[Any, Any, NodeWeights]:
         """As `TokenCharacterTrie.mass_sum`."""
-        return await self.weight_sum(p_llm)
+        return self.weight_sum(p_llm)
 
-    async def batch_mass_sum(self, p_llms: Weights) -> NodeWeights:
+    def batch_mass_sum(self, p_llms: Weights) -> Coroutine[Any, Any, NodeWeights]:
         """As `TokenCharacterTrie.batch_mass_sum`."""
-        return await self.batch_weight_sum(p_llms)
+        return self.batch_weight_sum(p_llms)
 
     def start(self) -> None:
         """Nothing is left to do: the thread starts with the first request."""
@@ -426,22 +429,29 @@ class AsyncTokenCharacterTrie:
     ) -> None:
         await self.aclose()
 
-    async def _ask_row(self, ws: Weights, reduction: Reduction) -> NodeWeights:
-        of_row: NodeWeights = (await self._ask(ws, 1, reduction))[0]
-        return of_row
+    def _ask_all(self, ws: Weights, n_dimensions: int, reduction: Reduction) -> Coroutine[Any, Any, NodeWeights]:
+        try:
+            question = _Question(self.trie._sums.rows(ws, n_dimensions, copy=True), reduction, None)
+        except Exception as error:
+            return _failed(error)
+        return self._ask(question, n_dimensions)
 
-    async def _ask_some(self, ws: Weights, segments: Segments, reduction: Reduction) -> NodeWeights:
-        checked, plain = checked_reduction(reduction), plain_weights(ws)
-        of_rows = await self._ask(plain, plain.ndim, checked, segments)
-        return of_rows[0] if plain.ndim == 1 else of_rows
+    def _ask_some(
+        self, ws: Weights, find_segments: Callable[[], Segments], reduction: Reduction
+    ) -> Coroutine[Any, Any, NodeWeights]:
+        try:
+            checked, plain = checked_reduction(reduction), plain_weights(ws)
+            rows = self.trie._sums.rows(plain, plain.ndim, copy=True)
+            question = _Question(rows, checked, find_segments())
+        except Exception as error:
+            return _failed(error)
+        return self._ask(question, plain.ndim)
 
-    async def _ask(
-        self, ws: Weights, n_dimensions: int, reduction: Reduction, segments: Segments | None = None
-    ) -> NodeWeights:
-        rows = self.trie._sums.rows(ws, n_dimensions, copy=True)
+    async def _ask(self, question: _Question, n_dimensions: int) -> NodeWeights:
         # A key of its own for each request: equal rows are too rare to look for.
-        answer: NodeWeights = await self._running_batcher().ask(_Request(), _Question(rows, reduction, segments))
-        return answer
+        of_rows: NodeWeights = await self._running_batcher().ask(_Request(), question)
+        of_row: NodeWeights = of_rows[0] if n_dimensions == 1 else of_rows
+        return of_row
 
     def _running_batcher(self) -> Batcher:
         with self._lock:
@@ -451,6 +461,11 @@ class AsyncTokenCharacterTrie:
                 self._batcher = Batcher(_Evaluation(self.trie._sums), batch_size=BATCH_SIZE)
             self._n_requests += 1
             return self._batcher
+
+
+async def _failed(error: Exception) -> NodeWeights:
+    """What a call that cannot be served gives: it raises where it is awaited."""
+    raise error
 
 
 class _Request:

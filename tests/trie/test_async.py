@@ -7,7 +7,7 @@ import gc
 import math
 import threading
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -194,6 +194,54 @@ async def test_weights_are_those_of_the_moment_of_the_call(gated: tuple[AsyncTok
     tensor.fill_(100)
     gate.gate.set()
     assert [row[trie.trie.root] for row in await asyncio.gather(*tasks)] == [4, 4]
+
+
+ROWS = [[1.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 3.0, 0]]
+CALLS: dict[str, Callable[[AsyncTokenCharacterTrie, Any], Any]] = {
+    "weight_sum": lambda trie, ws: trie.weight_sum(ws),
+    "weight_max": lambda trie, ws: trie.weight_max(ws),
+    "weight_logsumexp": lambda trie, ws: trie.weight_logsumexp(ws),
+    "mass_sum": lambda trie, ws: trie.mass_sum(ws),
+    "batch_weight_sum": lambda trie, ws: trie.batch_weight_sum(ws[None]),
+    "batch_weight_max": lambda trie, ws: trie.batch_weight_max(ws[None]),
+    "batch_weight_logsumexp": lambda trie, ws: trie.batch_weight_logsumexp(ws[None]),
+    "batch_mass_sum": lambda trie, ws: trie.batch_mass_sum(ws[None]),
+    "children_weights": lambda trie, ws: trie.children_weights(ws, trie.trie.root),
+    "prefix_weights": lambda trie, ws: trie.prefix_weights(ws, [b"cat", b"d"]),
+}
+
+
+@pytest.mark.parametrize("n_passes", [0, 1])
+@pytest.mark.parametrize("name", CALLS)
+async def test_one_buffer_serves_many_calls(trie: AsyncTokenCharacterTrie, name: str, n_passes: int) -> None:
+    """What is asked is fixed by the call, before its task has run at all."""
+    call = CALLS[name]
+    for buffer in (np.empty(4), torch.empty(4, dtype=torch.float64)):
+        tasks = []
+        for row in ROWS:
+            for i, weight in enumerate(row):
+                buffer[i] = weight
+            tasks.append(asyncio.create_task(call(trie, buffer)))
+            for _ in range(n_passes):
+                await asyncio.sleep(0)
+        buffer[:] = 100
+        for row, task in zip(ROWS, tasks, strict=True):
+            np.testing.assert_array_equal(await task, await call(trie, np.array(row)))
+
+
+async def test_prefixes_are_those_of_the_moment_of_the_call(trie: AsyncTokenCharacterTrie) -> None:
+    prefixes = [b"cat"]
+    asked = trie.prefix_weights([1, 2, 3, 4], prefixes)
+    prefixes[0] = b"d"
+    np.testing.assert_array_equal(await asked, trie.trie.prefix_weights([1, 2, 3, 4], [b"cat"]))
+
+
+async def test_a_wrong_call_raises_where_it_is_awaited(trie: AsyncTokenCharacterTrie) -> None:
+    asked = [trie.weight_sum([1, 2]), trie.children_weights([1, 2, 3, 4], 99)]
+    for call, kind in zip(asked, (WeightsMismatch, NoSuchNode), strict=True):
+        with pytest.raises(kind):
+            await call
+    assert trie.statistics() == (0, 0)
 
 
 async def test_a_cancelled_request_changes_no_other(gated: tuple[AsyncTokenCharacterTrie, Gated]) -> None:
