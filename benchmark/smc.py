@@ -153,7 +153,7 @@ class _Ours:
 
         torch.set_num_threads(n_threads)
         sampling.prepare()
-        async with load_model_by_name("smollm2", llm_opts={"hf_opts": {"dtype": dtype()}}) as llm:
+        async with load_model_by_name("smollm2", backend="hf", llm_opts={"hf_opts": {"dtype": dtype()}}) as llm:
             ours = cls(llm)
             await ours.run(Cell("regex", 2), seed=99)
             yield ours

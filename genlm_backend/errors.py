@@ -27,6 +27,7 @@
         EvaluationFailed (RuntimeError)     the forward pass of one request raised
             NonFiniteLogits
             EngineStalled
+            EngineNotStarted
         NoTokenAllowed (ValueError)         mathematics: a mask excludes every possible token
         RuleRefused (ValueError)            backtracking: a rule does not fit this walk
         WalkExhausted (RuntimeError)        backtracking: a walk spent its budget, or nothing is left to draw
@@ -214,13 +215,14 @@ class ModelNotFound(GenlmError, OSError):
 
 
 class UnsafeWeights(GenlmError, ValueError):
-    """The weights are pickles, which can run code when loaded. Data: model name."""
+    """The weights are pickles, which can run code when loaded. Data: model name, the option that allows them."""
 
     @staticmethod
     def message(*data: object) -> str:
+        name, option = data
         return (
-            f"{data[0]!r} has no safetensors weights, only pickles, which can run code when loaded; "
-            "convert them, or pass hf_opts={'use_safetensors': False} if you trust their source"
+            f"{name!r} has no safetensors weights, only pickles, which can run code when loaded; "
+            f"convert them, or pass {option} if you trust their source"
         )
 
 
@@ -287,12 +289,24 @@ class EngineStalled(EvaluationFailed):
         )
 
 
-class NoTokenAllowed(GenlmError, ValueError):
-    """The mask of a draw excludes every token that has probability. Data: number of tokens the mask allows."""
+class EngineNotStarted(EvaluationFailed):
+    """No thread could be started for the engine, so nothing was computed. Data: the cause in words."""
 
     @staticmethod
     def message(*data: object) -> str:
-        return f"no token can be drawn: the mask allows {data[0]} tokens, all of probability zero; it is a dead end"
+        return f"the engine's thread did not start ({data[0]}); end other threads or raise their limit, and ask again"
+
+
+class NoTokenAllowed(GenlmError, ValueError):
+    """A draw excludes every token that has probability. Data: number of tokens its mask allows; its filters, if any."""
+
+    @staticmethod
+    def message(*data: object) -> str:
+        n_allowed, *filters = data
+        allowed = f"no token can be drawn: the mask allows {n_allowed} tokens"
+        if not filters:
+            return f"{allowed}, all of probability zero; it is a dead end"
+        return f"{allowed}, none of those that {filters[0]} leaves; draw with weaker filters, or take it as a dead end"
 
 
 class RuleRefused(GenlmError, ValueError):
@@ -365,7 +379,8 @@ class InferenceFailed(GenlmError, RuntimeError):
     """A run of particles ended before its end.
 
     Attributes:
-        result: The population after the last whole step, a `genlm_backend.smc.Result`, or None; it is not pickled.
+        result: The population after the last whole step, a `genlm_backend.smc.Result`; from `particle_gibbs` what was
+            visited so far, a `Chain`; or None. It is not pickled.
     """
 
     result: Any = None

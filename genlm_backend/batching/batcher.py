@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from genlm_backend.batching.pending import Entry, Pending, Waiter
 from genlm_backend.batching.scheduling import responsive_threads
-from genlm_backend.errors import ForkedEngine, ModelClosed, QueriesReset
+from genlm_backend.errors import EngineNotStarted, ForkedEngine, ModelClosed, QueriesReset
 
 QUIET_PASSES = 16  # a particle 4 tasks deep asks again 12 passes after one that is not nested; a pass costs 3 us
 LOST_TICK_S = (
@@ -63,7 +63,7 @@ class Batcher:
         batch_size: Most distinct keys in one batch.
         quiet_passes: Passes of the event loop without a new request that close a batch.
         max_age_s: A batch closes when its oldest request has waited this long for the loop to go quiet.
-        explain: Turns what `evaluate` raised for one job into the exception its waiters get.
+        explain: Turns what was raised for one job into the exception its waiters get.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class Batcher:
     def ask(self, key: Hashable, question: Any) -> asyncio.Future[Any]:
         """A future for the answer to one question about one key; never blocks. Call it in a running event loop.
 
-        Cancelling the future drops the request if it was not taken yet; nobody else's answer changes.
+        Cancelling the future drops the request if it was not taken yet; nobody else's answer changes. Where no engine
+        thread can be started, the future gets `EngineNotStarted`.
 
         Raises:
             ModelClosed: After `close`.
@@ -148,7 +149,7 @@ class Batcher:
             _, removed = self._take(len(self._pending))
         _answer((waiter, ModelClosed()) for waiter in removed)
         self._stop()
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join(timeout_s)
 
     def _start_ticking(self, lane: _Lane, now: float) -> None:
@@ -175,9 +176,7 @@ class Batcher:
             is_full = len(self._pending) >= self.batch_size
             if lane.n_quiet >= self.quiet_passes or is_full or now - oldest_s >= self.max_age_s:
                 lane.tick_s = None
-                self._start_thread()
-                self._busy = True
-                self._wake.put(True)
+                self._wake_engine()
                 return
             if not is_last_started:
                 return
@@ -192,8 +191,19 @@ class Batcher:
 
     # ---- the engine's side, in its thread
 
+    def _wake_engine(self) -> None:
+        try:
+            self.check_process()
+            self._start_thread()
+        except Exception as error:  # no thread, or no memory for one
+            _, removed = self._take(len(self._pending))
+            _answer((waiter, EngineNotStarted(str(error))) for waiter in removed)
+            return
+        self._wake.put(True)
+        self._busy = True  # last: interrupted before it, the engine serves and does not look busy for ever
+
     def _start_thread(self) -> None:
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             target = _serve
             self._thread = threading.Thread(
                 target=target, args=(weakref.ref(self), self._wake), name="genlm-engine", daemon=True
@@ -202,20 +212,33 @@ class Batcher:
             self._thread.start()
 
     def _serve_batch(self) -> None:
-        with self._lock:
-            entries, _ = self._take(self.batch_size)
+        entries: list[Entry] = []
         answers: list[tuple[Waiter, Any]] = []
-        if entries:
-            self.n_batches += 1
-            jobs = [Job(entry.key, tuple(waiter.question for waiter in entry.waiters)) for entry in entries]
-            with responsive_threads():
-                outcomes = self._isolate(jobs)
-            for entry, of_entry in zip(entries, outcomes, strict=True):
-                answers += zip(entry.waiters, of_entry, strict=True)
-        with self._lock:
-            self._busy = False
-            waiting = [lane for lane in self._lanes.values() if lane.n_waiting]
-        _answer(answers, then=self._resume, also=waiting)
+        try:
+            with self._lock:
+                entries, _ = self._take(self.batch_size)
+            answers = self._answers(entries)
+        except BaseException as error:  # outside of `evaluate`: no memory to collect answers, for one
+            answers = [
+                (waiter, self._explained(Job(entry.key, ()), error)) for entry in entries for waiter in entry.waiters
+            ]
+        finally:
+            with self._lock:
+                self._busy = False
+                waiting = [lane for lane in self._lanes.values() if lane.n_waiting]
+            _answer(answers, then=self._resume, also=waiting)
+
+    def _answers(self, entries: list[Entry]) -> list[tuple[Waiter, Any]]:
+        if not entries:
+            return []
+        self.n_batches += 1
+        jobs = [Job(entry.key, tuple(waiter.question for waiter in entry.waiters)) for entry in entries]
+        with responsive_threads():
+            outcomes = self._isolate(jobs)
+        answers: list[tuple[Waiter, Any]] = []
+        for entry, of_entry in zip(entries, outcomes, strict=True):
+            answers += zip(entry.waiters, of_entry, strict=True)
+        return answers
 
     def _isolate(self, jobs: list[Job]) -> list[Sequence[Any]]:
         evaluate = self._evaluate()
@@ -234,7 +257,10 @@ class Batcher:
         return self._isolate(jobs[:half]) + self._isolate(jobs[half:])
 
     def _explained(self, job: Job, error: BaseException) -> BaseException:
-        explained = self._explain(job, error)
+        try:
+            explained = self._explain(job, error)
+        except BaseException:  # it may format an error that cannot be formatted
+            explained = error
         if isinstance(explained, StopIteration):  # no future takes it
             explained = RuntimeError("evaluate raised StopIteration")
             explained.__cause__ = error

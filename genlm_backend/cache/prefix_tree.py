@@ -138,6 +138,11 @@ class PrefixTree:
         self.n_evicted += n_freed
         return np.concatenate(freed) if freed else _NO_SLOTS
 
+    def renumber(self, new_slots: Slots) -> None:
+        """Let each slot `s` be called `new_slots[s]` from now on."""
+        for node in self._nodes():
+            node._slots = new_slots[node.slots]
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless every law of the tree holds: for tests."""
         seen: list[int] = []

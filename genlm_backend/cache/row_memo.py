@@ -30,11 +30,15 @@ class RowMemo:
 
     Args:
         budget_bytes: Most bytes of rows to keep, the newest block apart; 0 keeps none.
+
+    Attributes:
+        generation: How often it was cleared: rows whose computation began in an earlier one are not kept.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.n_bytes = 0
+        self.generation = 0
         self._lock = threading.Lock()
         self._blocks: OrderedDict[int, _Held] = OrderedDict()
         self._where: dict[Hashable, tuple[int, int]] = {}
@@ -51,12 +55,21 @@ class RowMemo:
             logprobs, log_normalizers = self._blocks[block_id].block
             return Block(logprobs[row : row + 1], [log_normalizers[row]])
 
-    def put(self, keys: Sequence[Hashable], rows: Sequence[int], block: Block) -> None:
-        """Keep a block; `keys[i]` names its row `rows[i]`. One larger than the budget is kept alone, until the next."""
+    def put(self, keys: Sequence[Hashable], rows: Sequence[int], block: Block, generation: int | None = None) -> None:
+        """Keep a block; `keys[i]` names its row `rows[i]`. One larger than the budget is kept alone, until the next.
+
+        Args:
+            keys: Names.
+            rows: Their rows.
+            block: The rows.
+            generation: The memo's when the rows began to be computed; if it was cleared since, nothing is kept.
+        """
         n_bytes = block.logprobs.numel() * block.logprobs.element_size()
         if not self.budget_bytes or not keys:
             return
         with self._lock:
+            if generation not in (None, self.generation):
+                return
             while self._blocks and self.n_bytes + n_bytes > self.budget_bytes:
                 self._forget_oldest()
             block_id = self._next_id
@@ -67,8 +80,9 @@ class RowMemo:
                 self._where[key] = (block_id, row)
 
     def clear(self) -> None:
-        """Forget every row."""
+        """Forget every row, also those that are being computed now."""
         with self._lock:
+            self.generation += 1
             self._blocks.clear()
             self._where.clear()
             self.n_bytes = 0

@@ -82,7 +82,7 @@ def command(
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds and inputs give equal answers.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.", show_default="the best one here")] = None,
-    backend: Annotated[str | None, typer.Option(help="hf or mock.", show_default="the best one here")] = None,
+    backend: Annotated[str | None, typer.Option(help="hf, vllm or mock.", show_default="the best one here")] = None,
     verbose: Verbosity = 0,
 ) -> None:
     """Talk with MODEL. Tokens that the operator or the strategy objects to are taken back before you see them."""

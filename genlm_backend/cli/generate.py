@@ -27,6 +27,7 @@ from genlm_backend.cli.chat import (
     load,
     tell_rollbacks,
 )
+from genlm_backend.cli.loading import check_output
 
 if TYPE_CHECKING:
     from genlm_backend.backtracking import Generator, Outcome
@@ -51,7 +52,7 @@ def command(
     stop: Annotated[list[str] | None, typer.Option(help="A string before which a text ends; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal texts.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.", show_default="the best one here")] = None,
-    backend: Annotated[str | None, typer.Option(help="hf or mock.", show_default="the best one here")] = None,
+    backend: Annotated[str | None, typer.Option(help="hf, vllm or mock.", show_default="the best one here")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a page of what happened (one prompt).")] = None,
     verbose: Verbosity = 0,
 ) -> None:
@@ -66,6 +67,7 @@ def command(
 
     if mode not in MODES:
         raise typer.BadParameter(f"{mode!r}; expected {', '.join(MODES)}", param_hint="--mode")
+    check_output(trace, "--trace")
     tell_rollbacks(verbose)
     make = asked_by(operator, operator_arg or [], strategy, ban or [], replace or [])
     prompts = _prompts(file) if file is not None else [sys.stdin.read() if prompt == "-" else prompt or ""]

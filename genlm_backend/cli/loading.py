@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from genlm_backend.llm import AsyncLM
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Refuse a file that cannot be written, before there is something to write; None is no file.
+
+    Raises:
+        typer.BadParameter: Its folder is not there, or it may not be written; names the option.
+    """
+    if path is None:
+        return
+    folder = path.parent
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; name a file in it", param_hint=option)
+    if not folder.is_dir():
+        raise typer.BadParameter(f"there is no folder {folder}; make it first", param_hint=option)
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise typer.BadParameter(f"{path} may not be written here; choose another place", param_hint=option)
 
 
 def load(model: str, backend: str | None, progress: Console, device: str | None = None) -> AsyncLM:
@@ -27,6 +47,8 @@ def load(model: str, backend: str | None, progress: Console, device: str | None 
         path = resolve_model(model, tell)
         tell(f"loading {model}")
         options = {} if device is None else {"device": device}
+        if options and backend is None:
+            backend = "hf"  # vLLM chooses its device itself
         # A folder is read in seconds; the bar of a download from Hugging Face is worth seeing.
         with nullcontext() if isinstance(path, str) else no_progress_bars():
             llm = load_model_by_name(str(path), backend=backend, llm_opts=options)

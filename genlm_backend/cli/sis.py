@@ -180,9 +180,8 @@ def allowed_tokens(llm: AsyncLM, ends: frozenset[int]) -> torch.Tensor:
     """(vocab,) bool: tokens of printable text (no line break or other control character), and those that end it."""
     import torch
 
-    special = {i for i, token in llm.tokenizer.added_tokens_decoder.items() if token.special}
     allowed = [
-        i in ends or (i not in special and len(token) > 0 and min(token) >= 0x20 and 0x7F not in token)
+        i in ends or (not token.is_special and len(token) > 0 and min(token) >= 0x20 and 0x7F not in token)
         for i, token in enumerate(llm.byte_vocab)
     ]
     return torch.tensor(allowed)

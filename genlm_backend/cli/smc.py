@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genlm_backend.cli.loading import load
+from genlm_backend.cli.loading import check_output, load
 from genlm_backend.errors import InferenceFailed
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def command(
     ] = "smollm2",
     backend: Annotated[
         str | None,
-        typer.Option(help="Engine: hf or mock (no model, only its tokenizer).", show_default="the best one here"),
+        typer.Option(help="Engine: hf, vllm or mock (no model, only its tokenizer).", show_default="the best one here"),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page that replays the run.", dir_okay=False, show_default=False)
@@ -79,6 +79,8 @@ def command(
         raise typer.BadParameter("choose direct or awrs", param_hint="--proposal")
     if proposal == "awrs" and schema is None and regex is None and lark is None:
         raise typer.BadParameter("awrs needs one of --schema, --regex and --lark", param_hint="--proposal")
+    check_output(html, "--html")
+    check_output(save, "--save")
     progress = Console(stderr=True)
     llm = load(model, backend, progress)
     grammar = _grammar(llm, schema, regex, lark, whitespace)

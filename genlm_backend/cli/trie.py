@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genlm_backend.cli.loading import load
+from genlm_backend.cli.loading import check_output, load
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from collections.abc import Sequence
@@ -51,7 +52,7 @@ def command(
     ] = "smollm2",
     backend: Annotated[
         str | None,
-        typer.Option(help="Engine: hf or mock (no model, only its tokenizer).", show_default="the best one here"),
+        typer.Option(help="Engine: hf, vllm or mock (no model, only its tokenizer).", show_default="the best one here"),
     ] = None,
     begun: Annotated[
         str,
@@ -71,6 +72,8 @@ def command(
 
     Each is the sum over all tokens that go on so, given the tokens of the prompt as its tokenizer splits it.
     """
+    check_output(picture, "--picture")
+    _check_format(picture)
     progress = Console(stderr=True)
     llm = load(model, backend, progress)
 
@@ -90,6 +93,30 @@ def command(
     if picture is not None:
         _draw(trie, llm.byte_vocab, row, prefix, picture, depth, children)
         progress.print(Text(f"wrote {picture}"))
+
+
+def _check_format(picture: Path | None) -> None:
+    """Refuse a picture whose name ends in nothing that Graphviz draws here: a graph of one node shows it.
+
+    Raises:
+        typer.BadParameter: It does.
+        BackendUnavailable: No Graphviz is installed.
+    """
+    if picture is None or picture.suffix in _TEXT_SUFFIXES:
+        return
+    from genlm_backend.trie.drawing import TrieGraph
+
+    graph = TrieGraph()
+    graph.node("a")
+    try:
+        graph.pipe(format=_format(picture))
+    except (ValueError, subprocess.CalledProcessError) as error:
+        what = f"Graphviz draws no {_format(picture)!r} here; name a file that ends in .svg, .png, .pdf or .gv"
+        raise typer.BadParameter(what, param_hint="--picture") from error
+
+
+def _format(picture: Path) -> str:
+    return picture.suffix[1:] or "svg"
 
 
 def next_bytes(
@@ -169,6 +196,6 @@ def _draw(
     if path.suffix in _TEXT_SUFFIXES:
         path.write_text(graph.source, encoding="utf-8")
     else:
-        picture = graph.pipe(format=path.suffix[1:] or "svg")
+        picture = graph.pipe(format=_format(path))
         assert isinstance(picture, bytes)
         path.write_bytes(picture)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
+
+import torch
 
 from genlm_backend.errors import UnknownBackend
 from genlm_backend.llm.base import AsyncLM
@@ -39,6 +42,7 @@ __all__ = [
     "Statistics",
     "TopK",
     "TopTokens",
+    "best_backend",
     "load_model_by_name",
 ]
 
@@ -49,13 +53,18 @@ BACKENDS: dict[str, type[AsyncTransformer] | type[AsyncVirtualLM] | type[MockAsy
 }
 
 
+def best_backend() -> str:
+    """What `load_model_by_name` takes unless told: "vllm" where CUDA and vLLM are both there, else "hf"."""
+    return "vllm" if importlib.util.find_spec("vllm") is not None and torch.cuda.is_available() else "hf"
+
+
 def load_model_by_name(name: str, backend: str | None = None, llm_opts: dict[str, Any] | None = None) -> AsyncLM:
     """A language model, ready to be asked.
 
     Args:
         name: 'smollm2' (the demo model), a Hugging Face id, a local folder, or a `.gguf` path.
-        backend: "hf" (transformers), "vllm" or "mock" (noise; only the tokenizer is read); None is "hf".
-        llm_opts: For the backend's `from_name`.
+        backend: "hf" (transformers), "vllm" or "mock" (noise; only the tokenizer is read); None is `best_backend()`.
+        llm_opts: For the backend's `from_name`; name the backend where they fit only one.
 
     Raises:
         UnknownBackend: No such backend.
@@ -63,7 +72,7 @@ def load_model_by_name(name: str, backend: str | None = None, llm_opts: dict[str
         ModelNotFound, UnsafeWeights, RemoteCodeRefused, UnsupportedModel, VocabularyError: See
             `genlm_backend.errors`.
     """
-    kind = BACKENDS.get("hf" if backend is None else backend)
+    kind = BACKENDS.get(best_backend() if backend is None else backend)
     if kind is None:
         raise UnknownBackend(backend, sorted(BACKENDS))
     return kind.from_name(name, **(llm_opts or {}))

@@ -13,7 +13,7 @@ from genlm_backend import sampling
 from genlm_backend.batching import run_sync
 from genlm_backend.errors import EmptyPrompt, GenlmError, ModelClosed, TokenIdError, UnknownAdapter
 from genlm_backend.llm.contexts import checked_ids, described
-from genlm_backend.llm.queries import Draw, LogNormalizer, Logprobs, Query, Row, check_query
+from genlm_backend.llm.queries import Draw, Logprobs, Query, Row, check_query
 from genlm_backend.llm.service import Context, Service, Statistics
 from genlm_backend.tokenization import Token
 
@@ -200,13 +200,19 @@ class AsyncLM:
     # ---- caches and life
 
     def cache_kv(self, prompt_tokens: Sequence[int], lora_name: str | None = None) -> None:
-        """Compute a prompt now. Never needed: whatever is asked is cached. Blocks, also inside an event loop."""
-        run_sync(self._ask(prompt_tokens, LogNormalizer(), lora_name))
+        """Compute a prompt now, also where its row is remembered, so that its keys and values are held.
+
+        Never needed: whatever is asked is cached. Blocks, also inside an event loop.
+        """
+        run_sync(self._prefill(self._context(prompt_tokens, lora_name)))
 
     def clear_cache(self) -> None:
-        """Forget rows, keys and values. Costs time later, changes no answer; also while requests run."""
-        self._service.memo.clear()
+        """Forget rows, keys and values. Costs time later, changes no answer; also while requests run.
+
+        What is being computed is answered, but not kept. Call it after a change of the model's weights.
+        """
         self._service.engine.clear_kv()
+        self._service.memo.clear()  # last: a batch that begins in between may still have the old keys and values
 
     def clear_kv_cache(self) -> None:
         """Forget keys and values, keep remembered rows."""
@@ -274,6 +280,9 @@ class AsyncLM:
 
     async def _answer(self, context: Context, query: Query) -> Any:
         return await self._service.ask(context, query)
+
+    async def _prefill(self, context: Context) -> None:
+        await self._service.prefill(context)
 
     async def _rows(self, contexts: Sequence[Context]) -> torch.Tensor:
         rows = await _all([self._service.ask(context, Row()) for context in contexts])

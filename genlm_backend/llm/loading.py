@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from genlm_backend.errors import (
 from genlm_backend.llm.demo_model import resolve_model
 
 T = TypeVar("T")
+TRUST_PICKLES = "hf_opts={'use_safetensors': False}"
 REMEDY = "pass a Hugging Face id, a local folder, a .gguf path, or 'smollm2', the demo model"
 
 
@@ -60,7 +62,7 @@ def load_model(name: str, device: str | None, options: dict[str, Any]) -> Any:
     dtype = options.pop("torch_dtype", None) or options.get("dtype")
     options["dtype"] = dtype or "auto"
     if options["use_safetensors"] and isinstance(where, Path) and _has_only_pickles(where):
-        raise UnsafeWeights(name)
+        raise UnsafeWeights(name, TRUST_PICKLES)
     names = ("trust_remote_code", "revision", "token", "subfolder", "cache_dir", "local_files_only")
     of_config = {key: options[key] for key in names if key in options}
     config = _named(name, lambda: AutoConfig.from_pretrained(where, **of_config))
@@ -105,16 +107,25 @@ def _named(name: str, load: Callable[[], T]) -> T:
         return load()
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         text = str(error)
-        first = next(iter(text.splitlines()), type(error).__name__)
+        first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
         if "trust_remote_code" in text:
             raise RemoteCodeRefused(name) from error
         if "safetensors" in text and "in directory" not in text and isinstance(error, OSError):
-            raise UnsafeWeights(name) from error  # a local directory of pickles was refused before
+            raise UnsafeWeights(name, TRUST_PICKLES) from error  # a local directory of pickles was refused before
         if isinstance(error, OSError):
             raise ModelNotFound(name, f"{REMEDY} ({first[:200]})") from error
         if isinstance(error, ValueError | StrictDataclassError):
             raise UnsupportedModel(f"transformers cannot load {name!r}: {first[:300]}", REMEDY) from error
-        raise BackendUnavailable(f"a package that {name!r} needs ({first[:200]})", "see above") from error
+        raise BackendUnavailable(f"a package that {name!r} needs ({first[:200]})", _install_command(error)) from error
+
+
+def _install_command(error: ImportError) -> str:
+    """The command that the error names, else what is known of it."""
+    told = re.search(r"pip install [^`\n]+", str(error))
+    if told is not None:
+        return told[0].rstrip(" .")
+    missing = "that the message in brackets names" if error.name is None else f"with the module {error.name!r}"
+    return f"pip install, and the package {missing}"
 
 
 def _has_only_pickles(folder: Path) -> bool:

@@ -63,10 +63,16 @@ class MockAsyncLM(AsyncLM):
         super().__init__(tokenizer, service, byte_vocab=byte_vocab, str_vocab=str_vocab, n_ids=n_vocab, max_length=None)
 
     @classmethod
-    def from_name(cls, model_name: str, **kwargs: Any) -> Self:
+    def from_name(cls, model_name: str, *, trust_remote_code: bool = False, **kwargs: Any) -> Self:
         """The mock of a model: only its tokenizer is read; `kwargs` go to the constructor.
+
+        Args:
+            model_name: As in `load_model_by_name`.
+            trust_remote_code: Let the tokenizer run code of its own.
+            kwargs: For the constructor.
 
         Raises:
             ModelNotFound: No tokenizer of this name is here.
+            RemoteCodeRefused: The tokenizer brings code of its own.
         """
-        return cls(load_tokenizer(model_name), **kwargs)
+        return cls(load_tokenizer(model_name, trust_remote_code=trust_remote_code), **kwargs)

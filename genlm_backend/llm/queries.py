@@ -23,6 +23,8 @@ from genlm_backend.trie import NextBytes, NextByteTokens
 
 Mask = torch.Tensor | npt.NDArray[np.bool_]
 
+_NUMBERS = (int, float, np.integer, np.floating)
+
 
 class Row(NamedTuple):
     """The whole row: `(vocab,)` float32, nats; the caller's own."""
@@ -129,17 +131,16 @@ def check_query(query: object, n_vocab: int) -> Query:
         case Draw(key, temperature, mask, top_k, top_p, min_p):
             if isinstance(key, bool) or not isinstance(key, int | np.integer):
                 raise InvalidQuery(f"the key of Draw is {key!r}; expected an integer from sampling.draw_key(...)")
-            if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
+            if not (isinstance(temperature, _NUMBERS) and 0 <= temperature < math.inf):
                 raise InvalidQuery(f"the temperature of Draw is {temperature!r}; expected a finite number >= 0")
             if top_k is not None:
-                _check_k(top_k, n_vocab, "the top_k of Draw")
+                top_k = _checked_k(top_k, n_vocab, "the top_k of Draw")
             sampling.check_kept(sampling.Kept(None, top_p, min_p))
             checked = None if mask is None else _checked_mask(mask, n_vocab)
             top_k, top_p, min_p = None if top_k == n_vocab else top_k, None if top_p == 1 else top_p, min_p or None
             return Draw(int(key), float(temperature), checked, top_k, top_p, min_p)
         case TopK(k):
-            _check_k(k, n_vocab, "the k of TopK")
-            return query
+            return TopK(_checked_k(k, n_vocab, "the k of TopK"))
         case Logprobs(token_ids):
             try:
                 return Logprobs(checked_ids(token_ids, n_vocab, None))
@@ -290,7 +291,10 @@ def _draw_filtered(logprobs: torch.Tensor, rows: list[int], queries: list[Draw])
 
 
 def _nothing_allowed(query: Draw) -> NoTokenAllowed:
-    return NoTokenAllowed(0 if query.mask is None else int(query.mask.sum()))
+    filters = {"top_k": query.top_k, "top_p": query.top_p, "min_p": query.min_p}
+    told = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
+    n_allowed = 0 if query.mask is None else int(query.mask.sum())
+    return NoTokenAllowed(n_allowed, told) if told else NoTokenAllowed(n_allowed)
 
 
 def _rows(logprobs: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -298,9 +302,10 @@ def _rows(logprobs: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return logprobs if rows == list(range(len(logprobs))) else logprobs[rows]
 
 
-def _check_k(k: object, n_vocab: int, what: str) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n_vocab:
+def _checked_k(k: object, n_vocab: int, what: str) -> int:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= n_vocab:
         raise InvalidQuery(f"{what} is {k!r}; expected 1 to {n_vocab}")
+    return int(k)
 
 
 def _checked_mask(mask: Mask, n_vocab: int) -> Mask:

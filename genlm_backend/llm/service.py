@@ -18,8 +18,9 @@ import torch
 from genlm_backend.batching import Batcher, Job
 from genlm_backend.cache.row_memo import Block, RowMemo
 from genlm_backend.errors import EvaluationFailed, GenlmError, NonFiniteLogits
-from genlm_backend.llm.queries import Query, answer
+from genlm_backend.llm.queries import LogNormalizer, Query, answer
 
+_PREFILL = LogNormalizer()  # this very object asks for keys and values: no remembered row answers it
 _PRECISE_NATS = 64.0  # float32 log-probabilities above minus this are exact to 4e-6
 
 
@@ -124,6 +125,11 @@ class Service:
             future.set_result(outcome)
         return future
 
+    def prefill(self, context: Context) -> asyncio.Future[Any]:
+        """A future that is done when the engine has computed a context, also one whose row is remembered."""
+        self.n_requests += 1
+        return self.batcher.ask(context, _PREFILL)
+
     def statistics(self) -> Statistics:
         """Counts since loading; callable from any thread."""
         counts = self.engine.counts()
@@ -157,7 +163,7 @@ class Service:
         self.engine.close()
 
     def _evaluate(self, jobs: Sequence[Job]) -> list[list[Any]]:
-        known = [self.memo.get(job.key) for job in jobs]  # some were asked again while they were computed
+        known = [None if _is_prefill(job) else self.memo.get(job.key) for job in jobs]  # some were just computed
         new = [job for job, block in zip(jobs, known, strict=True) if block is None]
         computed = iter(self._compute(new) if new else [])
         return [
@@ -171,13 +177,14 @@ class Service:
         return answer(block, [(0, query) for query in job.questions])
 
     def _compute(self, jobs: Sequence[Job]) -> list[list[Any]]:
+        generation = self.memo.generation  # read before the engine reads its keys and values
         contexts: list[Hashable] = [job.key for job in jobs]
         logits = self.engine.evaluate(contexts)  # type: ignore[arg-type]
         if len(logits) != len(contexts):
             raise RuntimeError(f"the engine gave {len(logits)} rows for {len(contexts)} contexts")
         block = normalize(logits, self.n_vocab)
         finite = [row for row, value in enumerate(block.log_normalizers) if math.isfinite(value)]
-        self.memo.put([contexts[row] for row in finite], finite, block)
+        self.memo.put([contexts[row] for row in finite], finite, block, generation)
         is_finite = set(finite)
         asked = [(row, query) for row in finite for query in jobs[row].questions]
         answers = iter(answer(block, asked))
@@ -212,6 +219,10 @@ def normalize(logits: torch.Tensor, n_vocab: int) -> Block:
     return Block(logprobs, log_normalizers.tolist())
 
 
+def _is_prefill(job: Job) -> bool:
+    return any(query is _PREFILL for query in job.questions)
+
+
 def _n_tokens(job: Job) -> int:
     assert isinstance(job.key, Context)
     return len(job.key.token_ids)
@@ -220,6 +231,14 @@ def _n_tokens(job: Job) -> int:
 def _explain(job: Job, error: BaseException) -> BaseException:
     if isinstance(error, GenlmError):
         return error
-    failed = EvaluationFailed(_n_tokens(job), f"{type(error).__name__}: {error}")
+    failed = EvaluationFailed(_n_tokens(job), _in_words(error))
     failed.__cause__ = error
     return failed
+
+
+def _in_words(error: BaseException) -> str:
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception:  # its own text raises
+        return name

@@ -21,7 +21,8 @@ class Token(bytes):
         token_id: The index of the token in a row of log-probabilities; numpy integers are accepted.
         byte_string: The bytes that the token stands for.
         is_special: The token controls the model and is no text; its bytes are its name, which must never match text.
-        is_hole: No token has this id; the bytes are empty and a row has -inf there.
+        is_hole: No token has this id; the bytes are empty. A row has there what the model says of this id, which may be
+            a probability, and -inf only where the model has no logit for it.
 
     Raises:
         TypeError: `token_id` is no integer, or `byte_string` is not bytes.

@@ -24,7 +24,7 @@ TEXT = "Montreal is"
 def llm(smollm2_path):
     torch.set_num_threads(1)
     options = {"device": "cpu", "hf_opts": {"dtype": torch.float32}}  # the figures are those of every machine
-    model = load_model_by_name("smollm2", llm_opts=options)
+    model = load_model_by_name("smollm2", backend="hf", llm_opts=options)
     yield model
     model.close()
 

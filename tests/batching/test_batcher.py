@@ -16,7 +16,7 @@ import pytest
 
 from genlm_backend.batching import Batcher, Job
 from genlm_backend.batching.batcher import QUIET_PASSES
-from genlm_backend.errors import ModelClosed, QueriesReset
+from genlm_backend.errors import EngineNotStarted, ModelClosed, QueriesReset
 
 PATIENCE_S = 30.0  # fails instead of hanging
 
@@ -308,6 +308,125 @@ async def test_an_engine_that_gives_too_few_or_too_many_answers_hangs_nobody(
     monkeypatch.undo()
     assert await one(batcher, "a") == ("a", None)
     batcher.close()
+
+
+@pytest.fixture
+def no_engine_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == "genlm-engine":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_others)
+        yield
+
+
+async def test_where_no_engine_thread_starts_everyone_hears_it_and_a_later_request_tries_again(
+    make: Make, no_engine_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = make(batch_size=2)
+    for _ in range(2):
+        answers = await asyncio.gather(*(one(batcher, key) for key in "aabcd"), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [EngineNotStarted] * 5
+        assert "can't start new thread" in str(answers[0]) and len({id(answer) for answer in answers}) == 5
+    assert not batcher._lanes
+
+
+async def test_a_batcher_whose_thread_never_started_can_be_closed(make: Make, no_engine_thread: None) -> None:
+    batcher = make()
+    with pytest.raises(EngineNotStarted):
+        await one(batcher, "a")
+    batcher.close()
+
+
+async def test_an_engine_thread_that_ended_is_replaced(make: Make, echo: Echo) -> None:
+    batcher = make()
+    assert await one(batcher, "a") == ("a", None)
+    assert batcher._thread is not None
+    batcher._wake.put(False)
+    batcher._thread.join(PATIENCE_S)
+    assert await one(batcher, "b") == ("b", None)
+
+
+async def test_a_loop_that_goes_on_in_a_fork_starts_no_engine_there(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = make()
+    asked = batcher.ask("a", None)
+    monkeypatch.setattr(batcher, "_pid", -1)
+    with pytest.raises(EngineNotStarted, match="process -1"):
+        await asyncio.wait_for(asked, PATIENCE_S)
+    monkeypatch.undo()
+    assert batcher._thread is None
+
+
+async def test_an_explanation_that_raises_leaves_the_plain_error(make: Make, echo: Echo) -> None:
+    def explain(job: Job, error: BaseException) -> BaseException:
+        raise ValueError("cannot be explained")
+
+    batcher = make(explain=explain)
+    echo.faults["bad"] = MemoryError()
+    good, bad = await asyncio.gather(one(batcher, "good"), one(batcher, "bad"), return_exceptions=True)
+    assert good == ("good", None) and bad is echo.faults["bad"]
+
+
+class NoMemoryForThem(list[Any]):
+    """Answers that can be counted but not collected."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise MemoryError
+
+
+async def test_no_memory_for_the_answers_of_a_batch_hangs_nobody(make: Make) -> None:
+    answers: list[Any] = [NoMemoryForThem("a")]
+    batcher = Batcher(lambda jobs: [answers[0]] * len(jobs), batch_size=4)
+    failed = await asyncio.gather(one(batcher, "a"), one(batcher, "b"), return_exceptions=True)
+    assert [type(error) for error in failed] == [MemoryError] * 2
+    answers[0] = ["good"]
+    assert await one(batcher, "a") == "good"
+    batcher.close()
+
+
+async def test_no_memory_to_take_a_batch_hangs_nobody(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = make()
+    take, n_calls = batcher._take, [0]
+
+    def take_the_second_time(limit: int) -> Any:
+        n_calls[0] += 1
+        if n_calls[0] == 1:
+            raise MemoryError
+        return take(limit)
+
+    monkeypatch.setattr(batcher, "_take", take_the_second_time)
+    assert await one(batcher, "a") == ("a", None)
+    assert n_calls[0] == 2
+
+
+async def test_an_interrupt_while_the_engine_is_woken_leaves_nobody_waiting(make: Make, echo: Echo) -> None:
+    """KeyboardInterrupt may come between any two steps; the engine may be awake then, but must not look busy."""
+    batcher = make()
+    assert await one(batcher, "first") == ("first", None)
+    wake = batcher._wake
+    raised: list[bool] = []
+
+    class Interrupted:
+        def put(self, is_batch: bool) -> None:
+            raised.append(batcher._busy)
+            raise KeyboardInterrupt
+
+    first = batcher.ask("a", None)
+    (lane,) = batcher._lanes.values()
+    lane.n_quiet = QUIET_PASSES
+    batcher._wake = Interrupted()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        batcher._tick(lane, lane.n_starts)
+    assert raised == [False]
+    batcher._wake = wake
+    assert await one(batcher, "b") == ("b", None)
+    assert await asyncio.wait_for(first, PATIENCE_S) == ("a", None)
 
 
 async def test_a_future_that_was_cancelled_while_its_batch_ran_changes_nothing(make: Make, echo: Echo) -> None:

@@ -125,6 +125,21 @@ def test_evicting_everything_leaves_an_empty_tree_that_works() -> None:
     tree.check_integrity()
 
 
+def test_slots_are_renumbered_and_nothing_else_changes() -> None:
+    tree = PrefixTree()
+    put(tree, [1, 2, 3], 4, 5, 6)
+    put(tree, [1, 2, 4], 1, namespace=None)
+    put(tree, [1], 3, namespace="a")
+    new_slots = np.arange(7)
+    new_slots[[4, 6]] = 0, 2
+    tree.renumber(new_slots)
+    assert slots_of(tree.match(None, [1, 2, 3], 3, 2)) == [0, 5, 2]
+    assert slots_of(tree.match(None, [1, 2, 4], 3, 2)) == [0, 5, 1]
+    assert slots_of(tree.match("a", [1], 1, 2)) == [3]
+    assert put(tree, [1, 2, 3, 5], 6, tick=3) == [] and slots_of(tree.match(None, [1, 2, 3, 5], 4, 3)) == [0, 5, 2, 6]
+    tree.check_integrity()
+
+
 @given(st.lists(st.integers(0, 1), max_size=12), st.lists(st.integers(0, 1), max_size=12), st.data())
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_the_number_of_common_tokens(tokens: list[int], ids: list[int], data: st.DataObject) -> None:

@@ -77,6 +77,16 @@ def test_clear_forgets_everything() -> None:
     assert memo.get("a") is None and len(memo) == 0 and memo.n_bytes == 0
 
 
+def test_rows_whose_computation_began_before_a_clear_are_not_kept() -> None:
+    memo = RowMemo(2 * ROW_BYTES)
+    began = memo.generation
+    memo.clear()
+    memo.put(["a"], [0], block(1), began)
+    assert memo.get("a") is None and memo.n_bytes == 0
+    memo.put(["a"], [0], block(2), memo.generation)
+    assert value(memo.get("a")) == 2
+
+
 def test_threads_share_it() -> None:
     memo = RowMemo(8 * ROW_BYTES)
 

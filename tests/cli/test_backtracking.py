@@ -157,6 +157,16 @@ def test_one_prompt_gives_its_text_and_a_page(model, tmp_path):
     assert "8 tokens" in result.output and "<!doctype html>" in page.read_text()
 
 
+def test_a_page_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+    def load(*_):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("genlm_backend.cli.generate.load", load)
+    result = run("generate", "no-model", "hello", "--trace", str(tmp_path / "none" / "page.html"))
+    told = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and "--trace" in told and "there is no folder" in told
+
+
 def test_a_file_of_prompts_gives_lines_of_json_in_order(model, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text('the river\n\n{"prompt": "the fox"}\nthe city\n')

@@ -99,6 +99,19 @@ class TestEstimates:
             assert token_id not in special
             assert all(0x20 <= byte != 0x7F for byte in llm.byte_vocab[token_id])
 
+    def test_special_tokens_are_those_of_the_vocabulary(
+        self, llm: MockAsyncLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not every tokenizer tells its added tokens: that of mistral-common raises."""
+        ends, special = end_tokens(llm), set(llm.tokenizer.all_special_ids)
+
+        def refuses(_: Any) -> None:
+            raise NotImplementedError("added_tokens_decoder")
+
+        monkeypatch.setattr(type(llm.tokenizer), "added_tokens_decoder", property(refuses))
+        allowed = set(allowed_tokens(llm, ends).nonzero()[:, 0].tolist())
+        assert special and allowed & special == ends & special and len(allowed) > 100
+
     async def test_an_end_token_ends_a_particle(self, llm: MockAsyncLM) -> None:
         ends = end_tokens(llm)
         particles = await sample(llm, Settings(PROMPT, 200, 10, seed=0, temperature=10.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ def call(*arguments: str):
     return RUNNER.invoke(app, ["smc", *arguments])
 
 
+def said(done) -> str:
+    """What was printed, out of its box and on one line."""
+    return " ".join(done.output.replace("│", " ").split())
+
+
 def test_one_grammar_at_a_time(tmp_path: Path):
     schema = tmp_path / "schema.json"
     schema.write_text("{}")
@@ -30,6 +36,24 @@ def test_a_file_that_is_not_there_or_a_wrong_proposal():
     done = call("--proposal", "magic", "--regex", "a", "hello")
     assert done.exit_code == 2 and "direct or awrs" in done.output
     assert "needs one of" in call("--proposal", "awrs", "hello").output
+
+
+@pytest.mark.parametrize("option", ["--html", "--save"])
+def test_a_file_that_cannot_be_written_is_told_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+):
+    def load(*_: object) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("genlm_backend.cli.smc.load", load)
+    done = call("--regex", "a", option, str(tmp_path / "none" / "x"), "hello")
+    assert done.exit_code == 2 and option in said(done) and "there is no folder" in said(done)
+    locked = tmp_path / "locked"
+    locked.touch()
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK or Path(path) != locked)
+    done = call("--regex", "a", option, str(locked), "hello")
+    assert done.exit_code == 2 and option in said(done) and "may not be written" in said(done)
+    assert "was loaded first" in str(call("--regex", "a", option, str(tmp_path / "new"), "hello").exception)
 
 
 @pytest.mark.model

@@ -82,6 +82,35 @@ def test_a_beginning_that_no_token_has_is_a_wrong_argument(
     assert code == 2 and "--begun" in err
 
 
+@pytest.fixture
+def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("genlm_backend.cli.trie.load", load)
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_wrong_argument(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, loads_nothing: None
+) -> None:
+    if shutil.which("dot") is None:
+        pytest.importorskip("pygraphviz")
+    code, _, err = run(monkeypatch, capsys, "a", "--picture", str(tmp_path / "x.xyz"))
+    assert code == 2 and "--picture" in err and ".svg, .png, .pdf or .gv" in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", ["none/x.gv", "none/x.svg", "."])
+def test_a_picture_in_no_folder_is_a_wrong_argument(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    loads_nothing: None,
+    name: str,
+) -> None:
+    code, _, err = run(monkeypatch, capsys, "a", "--picture", str(tmp_path / name))
+    assert code == 2 and "--picture" in err and "folder" in err
+
+
 @pytest.mark.model
 @pytest.mark.timeout(300)  # loading, where the machine has other work
 def test_the_real_model_knows_the_capital_of_france_and_it_is_drawn(

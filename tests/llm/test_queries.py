@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from genlm_backend import sampling
 from genlm_backend.cache.row_memo import Block
-from genlm_backend.errors import NoTokenAllowed
+from genlm_backend.errors import InvalidQuery, NoTokenAllowed
 from genlm_backend.llm import AsyncLM, Draw, Drawn, LogNormalizer, Logprobs, MaskMass, Query, Row, TopK, TopTokens
 from genlm_backend.llm.queries import answer, check_query
 from genlm_backend.llm.service import normalize
@@ -183,6 +184,33 @@ def test_a_dead_end_is_heard_by_its_asker_only(block: Block, masks: torch.Tensor
     assert outcomes[5] == outcomes[6] == -math.inf
     for i in (0, 4, 7):
         check(outcomes[i], asked[i][1], block, asked[i][0])
+
+
+def test_a_dead_end_names_what_leaves_nothing(block: Block) -> None:
+    row = block.logprobs[0]
+    mask = torch.zeros(len(row), dtype=torch.bool)
+    mask[row.argsort()[:5]] = True  # none of the best tokens
+    assert row[mask].isfinite().any()
+    for draw, told in (
+        (Draw(1, mask=mask, top_k=2), "allows 5 tokens, none of those that top_k=2 leaves; draw with weaker filters"),
+        (Draw(1, mask=mask, top_k=3, min_p=1.0), "none of those that top_k=3, min_p=1.0 leaves"),
+        (Draw(1, mask=torch.zeros_like(mask)), "allows 0 tokens, all of probability zero"),
+    ):
+        (dead,) = answer(block, [(0, check_query(draw, len(row)))])
+        assert isinstance(dead, NoTokenAllowed) and told in str(dead)
+        assert str(pickle.loads(pickle.dumps(dead))) == str(dead)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert check_query(TopK(np.int64(3)), 8) == TopK(3)  # type: ignore[arg-type]
+    asked = Draw(np.uint64(5), np.float32(0.5), None, np.int32(2), np.float64(0.5), np.float32(0.25))  # type: ignore[arg-type]
+    checked = check_query(asked, 8)
+    assert checked == Draw(5, 0.5, None, 2, 0.5, 0.25)
+    assert isinstance(checked, Draw) and [type(value) for value in checked[:2]] == [int, float]
+    assert check_query(Draw(1, np.int64(2)), 8) == Draw(1, 2.0)
+    for wrong in (TopK(np.int64(0)), TopK(np.float64(3)), Draw(1, np.float32(-1)), Draw(1, np.float16("nan"))):  # type: ignore[arg-type]
+        with pytest.raises(InvalidQuery):
+            check_query(wrong, 8)
 
 
 def test_a_mask_of_one_token_draws_it_for_sure(block: Block) -> None:

@@ -146,6 +146,54 @@ async def test_clearing_while_requests_run_changes_no_answer(load: Load) -> None
     assert [same(await task, engine.row([i])) for i, task in enumerate(asked, 1)] == [True, True]
 
 
+async def test_what_was_computed_before_a_clear_is_not_remembered_after_it(load: Load) -> None:
+    engine, llm = load(is_open=False)
+    running = ask(llm, 1)
+    await engine.entered()
+    llm.clear_cache()
+    again = ask(llm, 1)
+    engine.open()
+    assert same(await running, engine.row([1])) and same(await again, engine.row([1]))
+    assert engine.batches == [[(1,)], [(1,)]]
+
+
+async def test_clearing_forgets_rows_after_keys_and_values(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that began in between could have used old keys and values for the rows that it leaves behind."""
+    engine, llm = load()
+
+    def ask_and_clear() -> None:
+        llm.next_token_logprobs_sync([1])
+
+    monkeypatch.setattr(engine, "clear_kv", ask_and_clear)
+    llm.clear_cache()
+    assert not len(llm._service.memo)
+
+
+async def test_cache_kv_computes_a_prompt_whose_row_is_remembered(load: Load) -> None:
+    engine, llm = load()
+    await llm.next_token_logprobs([1, 2])
+    llm.clear_kv_cache()
+    llm.cache_kv([1, 2])
+    assert engine.batches == [[(1, 2)]] * 2
+    assert same(await llm.next_token_logprobs([1, 2]), engine.row([1, 2])) and llm.statistics().row_hits == 1
+
+
+async def test_cache_kv_computes_a_prompt_that_is_just_being_computed(load: Load) -> None:
+    """Keys and values of the batch that runs are those that `clear_kv_cache` forgot."""
+    engine, llm = load(is_open=False)
+    running = ask(llm, 1)
+    await engine.entered()
+    llm.clear_kv_cache()
+    caching = asyncio.create_task(asyncio.to_thread(llm.cache_kv, [1]))
+    joined = ask(llm, 1)
+    while llm._service.batcher._pending.n_added < 3:
+        await asyncio.sleep(0)
+    engine.open()
+    await asyncio.gather(running, caching)
+    assert same(await joined, engine.row([1]))
+    assert engine.batches == [[(1,)]] * 2
+
+
 # ---- cancellation: Triton's four assertions, at every moment
 
 
@@ -322,6 +370,30 @@ async def test_whatever_is_raised_in_the_engine_only_its_cause_fails(load: Load,
     for failed in (bad, joined):
         assert isinstance(failed, EvaluationFailed) and failed.__cause__ is error
     assert same(await llm.next_token_logprobs([8]), engine.row([8]))
+
+
+async def test_an_error_whose_text_cannot_be_made_is_named(load: Load) -> None:
+    class Speechless(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    engine, llm = load()
+    engine.fail_on[7] = Speechless()
+    with pytest.raises(EvaluationFailed, match="1 tokens failed: Speechless;") as caught:
+        await llm.next_token_logprobs([7])
+    assert caught.value.__cause__ is engine.fail_on[7]
+
+
+async def test_where_no_engine_thread_starts_the_caller_hears_it(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, llm = load()
+
+    def start() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(llm._service.batcher, "_start_thread", start)
+    with pytest.raises(EvaluationFailed, match=r"did not start \(can\'t start new thread\); end"):
+        await llm.next_token_logprobs([1])
+    monkeypatch.undo()
 
 
 async def test_a_failure_that_does_not_come_again_is_heard_by_nobody(load: Load) -> None:

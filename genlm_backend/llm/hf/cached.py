@@ -15,7 +15,7 @@ import torch
 
 from genlm_backend.cache.prefix_tree import Slots
 from genlm_backend.errors import NonFiniteLogits
-from genlm_backend.llm.hf.kv_pool import KVCache
+from genlm_backend.llm.hf.kv_pool import PLAN_TOKENS, KVCache
 from genlm_backend.llm.hf.uncached import call_arguments
 from genlm_backend.llm.service import Context, Engine, EngineCounts
 
@@ -29,23 +29,25 @@ class CachedEngine(Engine):
 
     Args:
         model: A causal language model that only this engine calls.
-        kv_cache_bytes: Bound of the keys and values that are kept; a batch may go beyond while it runs.
+        kv_cache_bytes: Bound of the keys and values that are kept; a batch that runs may go beyond by one plan and the
+            prefixes that it continues.
         rows: Most contexts in one forward.
+        plan_tokens: Most new tokens planned at once, unless one context alone has more.
 
     Raises:
         NotCroppable: From `evaluate`.
     """
 
-    def __init__(self, model: Any, kv_cache_bytes: int, rows: int = 64) -> None:
+    def __init__(self, model: Any, kv_cache_bytes: int, rows: int = 64, *, plan_tokens: int = PLAN_TOKENS) -> None:
         self.model = model
         self.rows = rows
+        self.plan_tokens = plan_tokens
         self.kv = KVCache(kv_cache_bytes)
         self._n_forwards = 0
         self._n_tokens = 0
 
     def evaluate(self, contexts: Sequence[Context]) -> torch.Tensor:
         kv = self.kv
-        kv.tick += 1
         logits: list[torch.Tensor | None] = [None] * len(contexts)
         try:
             self._evaluate(kv, contexts, logits)
@@ -57,16 +59,22 @@ class CachedEngine(Engine):
         """Put the logits of each context in its place."""
         waiting = sorted(range(len(contexts)), key=lambda i: len(contexts[i].token_ids))  # prefixes first
         while waiting:
+            kv.tick += 1
+            n_planned = 0
             first_of: dict[object, int] = {}
             groups: dict[tuple[int, int], list[tuple[int, Slots]]] = defaultdict(list)
             for i in waiting:
                 adapter, ids = contexts[i]
                 match = kv.tree.match(adapter, ids, len(ids) - 1, kv.tick)
+                n_new = len(ids) - match.length
+                if groups and n_planned + n_new > self.plan_tokens:
+                    break
                 known = np.concatenate(match.parts) if match.parts else np.empty(0, np.int64)
                 # Of contexts that go on with the same new token one is computed now; the others then know more.
                 branch = (adapter, int(known[-1]) if len(known) else None, ids[match.length])
                 if first_of.setdefault(branch, i) == i:
-                    groups[match.length, len(ids) - match.length].append((i, known))
+                    groups[match.length, n_new].append((i, known))
+                    n_planned += n_new
             for (n_known, _), members in groups.items():
                 for start in range(0, len(members), self.rows):
                     part = members[start : start + self.rows]

@@ -10,13 +10,14 @@ import torch
 from genlm_backend.cache.prefix_tree import PrefixTree, Slots
 
 FIRST_CAPACITY = 1024
+PLAN_TOKENS = 8192  # new tokens of a batch for which room is made at once: bounds what it holds beyond the budget
 
 
 class KVPool:
     """Slots for keys and values. Low slots are given out first, so that what is in use stays close together.
 
     Args:
-        budget_bytes: Up to here the pool grows by doubling, beyond it only by what a batch needs.
+        budget_bytes: Up to here the pool grows by doubling, beyond it only by what a batch needs, and until it ends.
 
     Attributes:
         bytes_per_slot: Keys and values of one token over all layers; 0 until the first forward.
@@ -97,6 +98,41 @@ class KVPool:
         keys, values = self._layers[layer]
         return keys.index_select(1, index), values.index_select(1, index)
 
+    def compact(self, capacity: int) -> Slots:
+        """Move what lies beyond a smaller capacity into free slots, which must be enough; the new slot of each one.
+
+        Memory comes back with `fit`.
+        """
+        is_used = np.ones(self._n_touched, np.bool_)
+        is_used[np.array(self._free, np.int64)] = False
+        old = capacity + np.flatnonzero(is_used[capacity:])
+        new = np.flatnonzero(~is_used[:capacity])[: len(old)]
+        with torch.inference_mode():
+            for held in self._layers.values():
+                for tensor in held:
+                    moved = tensor.index_select(1, torch.from_numpy(old).to(tensor.device))
+                    tensor.index_copy_(1, torch.from_numpy(new).to(tensor.device), moved)
+        self._positions[new] = self._positions[old]
+        self._positions = self._positions[:capacity].copy()
+        new_slots = np.arange(self._n_touched)
+        new_slots[old] = new
+        is_used[new] = True
+        self._free = np.flatnonzero(~is_used[:capacity]).tolist()
+        self._n_touched = min(self._n_touched, capacity)
+        self._capacity = capacity
+        return new_slots
+
+    def fit(self) -> None:
+        """Give back the memory beyond the capacity."""
+        for layer, held in self._layers.items():
+            if held[0].shape[1] > self._capacity:
+                self._layers[layer] = _resized(held[0], self._capacity), _resized(held[1], self._capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Slots there is memory for."""
+        return self._capacity
+
     @property
     def layers(self) -> list[int]:
         """Numbers of the layers that have been written."""
@@ -112,7 +148,7 @@ class KVPool:
         capacity = max(capacity, n_needed)
         for layer, held in self._layers.items():
             if held[0].shape[1] < capacity:  # a growth that failed half-way has grown some
-                self._layers[layer] = _grown(held[0], capacity), _grown(held[1], capacity)
+                self._layers[layer] = _resized(held[0], capacity), _resized(held[1], capacity)
         self._positions = np.concatenate((self._positions, np.zeros(capacity - len(self._positions), np.int64)))
         self._capacity = capacity
 
@@ -149,19 +185,30 @@ class KVCache:
         return new
 
     def make_room(self, n_new: int) -> None:
-        """Forget what the batch does not use until `n_new` tokens fit the budget; with 0, after the batch, anything."""
+        """Forget what is not in use at this tick until `n_new` tokens fit the budget.
+
+        With 0, after the batch, nothing is in use, and memory that it took beyond the budget is given back.
+        """
         if self.pool.bytes_per_slot:
             n_over = self.pool.n_used + n_new - self.budget_bytes // self.pool.bytes_per_slot
             if n_over > 0:
                 # A little more than needed, so that the tree is not searched at every step.
                 n_over += self.pool.n_used // 64
                 self.pool.free(self.tree.evict(n_over, self.tick if n_new else self.tick + 1))
+            if not n_new:
+                self._shrink(max(FIRST_CAPACITY, self.budget_bytes // self.pool.bytes_per_slot))
+
+    def _shrink(self, capacity: int) -> None:
+        if self.pool.capacity > capacity:
+            self.tree.renumber(self.pool.compact(capacity))
+        self.pool.fit()
 
 
-def _grown(held: torch.Tensor, capacity: int) -> torch.Tensor:
-    grown = held.new_zeros(held.shape[0], capacity, held.shape[2])
-    grown[:, : held.shape[1]] = held
-    return grown
+def _resized(held: torch.Tensor, capacity: int) -> torch.Tensor:
+    n = min(capacity, held.shape[1])
+    resized = held.new_zeros(held.shape[0], capacity, held.shape[2])
+    resized[:, :n] = held[:, :n]
+    return resized
 
 
 def _bytes_per_slot(held: tuple[torch.Tensor, torch.Tensor]) -> int:

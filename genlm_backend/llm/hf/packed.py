@@ -11,13 +11,12 @@ import torch
 from genlm_backend.cache.prefix_tree import Slots
 from genlm_backend.errors import NonFiniteLogits
 from genlm_backend.llm.hf.attention import TreeStep, run_step
-from genlm_backend.llm.hf.kv_pool import KVCache, KVPool
+from genlm_backend.llm.hf.kv_pool import PLAN_TOKENS, KVCache, KVPool
 from genlm_backend.llm.hf.layout import make_layout
 from genlm_backend.llm.hf.plan import ANCHORED, Plan, make_plan, make_view
 from genlm_backend.llm.service import Context, Engine, EngineCounts
 
 STEP_TOKENS = 1024  # new tokens in one forward: bounds the mask, and how long closing the model can take
-PLAN_TOKENS = 8192  # new tokens planned at once: bounds what a batch holds beyond the budget
 
 
 class PackedEngine(Engine):
@@ -26,7 +25,8 @@ class PackedEngine(Engine):
     Args:
         model: A causal language model whose attention implementation is one of `attention`'s; only this engine
             calls it.
-        kv_cache_bytes: Bound of the keys and values that are kept. A batch may go beyond while it runs.
+        kv_cache_bytes: Bound of the keys and values that are kept; a batch that runs may go beyond by one plan and the
+            prefixes that it continues.
         step_tokens: Most new tokens in one forward.
         plan_tokens: Most new tokens planned at once, unless one context alone has more.
     """
@@ -45,13 +45,13 @@ class PackedEngine(Engine):
 
     def evaluate(self, contexts: Sequence[Context]) -> torch.Tensor:
         kv = self.kv  # `clear_kv` puts another one there; what runs goes on with this one
-        kv.tick += 1
         # Neighbours in sorted order share prefixes, so groups of queries share columns.
         order = sorted(range(len(contexts)), key=lambda i: (contexts[i].adapter or "", contexts[i].token_ids))
         done: list[int] = []
         logits: list[torch.Tensor] = []
         try:
             while len(done) < len(order):
+                kv.tick += 1  # what only earlier plans of this batch used may be evicted
                 rest = order[len(done) :]
                 plan = make_plan(kv.tree, [contexts[i] for i in rest], self.plan_tokens, kv.tick)
                 planned = rest[: len(plan.targets)]

@@ -84,7 +84,7 @@ async def test_no_memory_for_a_larger_pool_loses_no_slot(
     llm = wrap(small("llama"))
     engine: Any = llm._service.engine
     assert await llm.next_token_logprobs(TRUNK) is not None
-    original, n_calls = kv_pool._grown, [0]
+    original, n_calls = kv_pool._resized, [0]
 
     def grown(held: torch.Tensor, capacity: int) -> torch.Tensor:
         n_calls[0] += 1
@@ -92,7 +92,7 @@ async def test_no_memory_for_a_larger_pool_loses_no_slot(
             raise torch.OutOfMemoryError("no memory")
         return original(held, capacity)
 
-    monkeypatch.setattr(kv_pool, "_grown", grown)
+    monkeypatch.setattr(kv_pool, "_resized", grown)
     ids = TRUNK + list(range(50, 70))
     with pytest.raises(EvaluationFailed, match="no memory"):
         await llm.next_token_logprobs(ids)

@@ -96,6 +96,14 @@ async def test_a_second_cached_prompt_keeps_the_first(llm: AsyncTransformer) -> 
     assert await cost(llm, [1, 10, 11, 12, 5], [1, 20, 21, 22, 5]) == (2, 0)
 
 
+async def test_a_prompt_is_held_again_by_cache_kv_although_its_row_is_remembered(llm: AsyncTransformer) -> None:
+    await cost(llm, PROMPT)
+    llm.clear_kv_cache()
+    llm.cache_kv(PROMPT)
+    assert llm.statistics().kv_tokens == 12
+    assert await cost(llm, PROMPT + [5]) == (1, 0)
+
+
 async def test_synchronous_and_asynchronous_questions_share_what_is_cached(llm: AsyncTransformer) -> None:
     """A prefix without a row, an asked one above it: the sync path takes the deepest keys and their length."""
     llm.cache_kv(PROMPT[:4])
