@@ -39,8 +39,8 @@ class Checkpoint:
 
 CHECKPOINT = Checkpoint()
 
-_ASKED: ContextVar[Context | None] = ContextVar("_ASKED", default=None)
-"""The context that a task, or the one it was made in, has asked; not set where a program itself asks."""
+_ASKER: ContextVar[tuple[Context | None, object]] = ContextVar("_ASKER", default=(None, None))
+"""Who a task is to the context that it has asked; not set where a program itself asks. Tasks inherit this."""
 
 
 class Context:
@@ -68,6 +68,7 @@ class Context:
         self._twist = 0.0
         self._n_keys = 0
         self._task: asyncio.Task[Any] | None = None  # runs the program; others in it are what the program gathers
+        self._last_asker: object = None
         self.n_ranked = 0
         self._byte_vocab: Sequence[bytes] | None = None
 
@@ -274,11 +275,15 @@ class Context:
     def begin_step(self, particle: int, step: int, ranks: tuple[int, ...] | None = None) -> None:
         """From here on, draws are those of this particle at this step."""
         self.particle, self._key_step, self.ranks = particle, step, ranks
-        self._task = asyncio.current_task()
+        self.runs_here()
         if not self.is_replaying:
             self.step = step
         self.log_increment = 0.0
         self._n_keys = self.n_ranked = 0
+
+    def runs_here(self) -> None:
+        """The program goes on in the task that calls this."""
+        self._task = asyncio.current_task()
 
     def finish(self) -> None:
         """End of the program: the twist is taken back; a beam's further copies of one without a draw are no others."""
@@ -320,21 +325,8 @@ class Context:
         return 0
 
     def _next(self, kind: str) -> tuple[int, Entry | None]:
-        """The place of the next entry, and the entry where it is on record.
-
-        Entries are told apart by their order. What is gathered asks in the order in which it was gathered, once; which
-        second question comes first would depend on who is answered first.
-
-        Raises:
-            InvalidProgram: A coroutine that the program gathered, or one that began in it, asks again.
-        """
-        if asyncio.current_task() is not self._task:
-            if _ASKED.get() is self:
-                raise InvalidProgram(
-                    "a coroutine that the program gathered, or made a task of, asked the context a second time",
-                    "ask once in each, or await them one after the other",
-                )
-            _ASKED.set(self)
+        """The place of the next entry, and the entry where it is on record."""
+        self._keep_order()
         index = self.position
         self.position += 1
         if index == len(self.entries):
@@ -345,6 +337,28 @@ class Context:
             there = "nothing" if entry is None else f"a {entry.kind}"
             raise ReplayMismatch(f"entry {index} of particle {self.particle}", f"a {kind}", there)
         return index, entry
+
+    def _keep_order(self) -> None:
+        """See to it that questions come in an order that does not depend on who is answered first.
+
+        What is gathered begins in the order in which it was gathered. After its first question a task may ask on only
+        while nobody else has asked; a task that is made within it stands for it.
+
+        Raises:
+            InvalidProgram: Somebody has.
+        """
+        asker = None
+        if _task_here() is not self._task:
+            context, asker = _ASKER.get()
+            if context is not self:
+                asker = object()
+                _ASKER.set((self, asker))
+            elif asker is not self._last_asker:
+                raise InvalidProgram(
+                    "a coroutine that the program gathered, or made a task of, asked the context again, after another",
+                    "ask once in each, or await them one after the other",
+                )
+        self._last_asker = asker
 
     def _put(self, index: int, entry: Entry) -> None:
         self.entries[index] = entry
@@ -429,6 +443,13 @@ class Context:
 
 class BadWeight(Exception):
     """A weight that is NaN or +inf, on its way to the engine, which knows step and particle."""
+
+
+def _task_here() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # in a thread that the program awaits
+        return None
 
 
 @types.coroutine

@@ -28,7 +28,7 @@ from genlm_backend.smc.programs import Particle, Program, Start, start_of
 from genlm_backend.smc.recording import Recording
 from genlm_backend.smc.resampling import SCHEMES, Resampled, conditional_multinomial, resample
 from genlm_backend.smc.result import Result, Settings, Step
-from genlm_backend.smc.strands import Live, Retained, Strand
+from genlm_backend.smc.strands import Live, Retained, Strand, close_all
 from genlm_backend.smc.trace import Path, text_of
 from genlm_backend.smc.weights import effective_sample_size, log_sum_exp
 
@@ -140,9 +140,10 @@ def _alive(result: Result) -> tuple[list[Path], list[float], list[Step]]:
         log_weights = list(steps[-1].log_weights_after or steps[-1].log_weights)
     else:
         log_weights = [0.0] * result.settings.n_particles
-    if last.parents is not None:  # of its copies one each; who had died before had none
+    if last.parents is not None:  # of its copies one each; who had died before had none, nor have a beam's first others
         of_parent = dict(zip(last.parents, paths, strict=True))
-        paths, log_weights = list(of_parent.values()), [log_weights[parent] for parent in of_parent]
+        without = Path(status="dead") if steps else Path()
+        paths = [of_parent.get(parent, without) for parent in range(len(log_weights))]
     return paths, log_weights, steps
 
 
@@ -184,8 +185,7 @@ class _Run:
                 raise
             return failed
         finally:
-            for strand in self.strands:
-                await strand.close()
+            await close_all(self.strands)
         return self._result("paused" if self._is_running() else "complete", None)
 
     async def _step(self) -> None:
@@ -196,9 +196,8 @@ class _Run:
             await self._weigh_and_resample(step, parents)
         except BaseException:
             if len(self.steps) == step:  # not a whole step: back to the one before; what ran on is cut off
-                for strand in self.strands:
-                    await strand.close()
-                self.strands, self.log_weights = before
+                after, (self.strands, self.log_weights) = self.strands, before
+                await close_all([*after, *self.strands])
             raise
         if self._on_step is not None:
             self._on_step(self.steps[-1], step)
@@ -338,23 +337,20 @@ class _Run:
             taken.add(ancestor)
         if isinstance(before[0], Retained) and self.settings.is_conditional and after[0] is not before[0]:
             raise AssertionError("the retained particle survives")
-        for i, strand in enumerate(before):
-            if i not in taken:
-                await strand.close()
         self.strands, self.log_weights = after, drawn.log_weights.tolist()
+        await close_all(strand for i, strand in enumerate(before) if i not in taken)
 
     async def _rejuvenate(self, step: int) -> int:
         assert self._kernel is not None
-        moves = [
-            move(self._kernel, self._start, strand, self.settings.seed, i, step, self._recording)
-            for i, strand in enumerate(self.strands)
-            if not isinstance(strand, Retained)
-        ]
-        n_fixed = len(self.strands) - len(moves)
-        moved = await _together(moves, names=range(n_fixed, len(self.strands)))
-        before = self.strands[n_fixed:]
-        self.strands = [*self.strands[:n_fixed], *moved]
-        return sum(new is not old for new, old in zip(moved, before, strict=True))
+        before, self.strands = self.strands, list(self.strands)
+        kernel = self._kernel
+
+        async def move_one(i: int) -> None:
+            self.strands[i] = await move(kernel, self._start, before[i], self.settings.seed, i, step, self._recording)
+
+        everyone = range(len(before))
+        await _together([move_one(i) for i in everyone], names=everyone)
+        return sum(new is not old for new, old in zip(self.strands, before, strict=True))
 
     def _is_running(self) -> bool:
         return any(

@@ -70,13 +70,13 @@ async def particle_gibbs(
     """
     so_far = Chain() if chain is None else chain
     path = so_far.paths[-1] if so_far.paths else initial
-    if path is None:
-        first_seed = sampling.draw_key(seed, (), 0, "particle gibbs")
-        first = await smc(model, n_particles, seed=first_seed, ess_threshold=ess_threshold, kernel=kernel)
-        path = draw_path(first, sampling.draw_key(seed, (), 0, "initial path"))
     for iteration in range(len(so_far.paths) + 1, n_iterations + 1):
         run_seed = sampling.draw_key(seed, (), iteration, "particle gibbs")
         try:
+            if path is None:
+                first_seed = sampling.draw_key(seed, (), 0, "particle gibbs")
+                first = await smc(model, n_particles, seed=first_seed, ess_threshold=ess_threshold, kernel=kernel)
+                path = draw_path(first, sampling.draw_key(seed, (), 0, "initial path"))
             run = await smc(model, n_particles, seed=run_seed, ess_threshold=ess_threshold, retained=path)
             path = draw_path(run, sampling.draw_key(seed, (), iteration, "path"))
             if kernel is not None:

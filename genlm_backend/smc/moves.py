@@ -21,10 +21,10 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from genlm_backend import sampling
-from genlm_backend.errors import NonFiniteWeight, ParticleFailed
+from genlm_backend.errors import InferenceFailed, NonFiniteWeight, ParticleFailed
 from genlm_backend.smc.programs import Start
 from genlm_backend.smc.recording import Recording
-from genlm_backend.smc.strands import Live, Strand
+from genlm_backend.smc.strands import Live, Strand, close_all
 from genlm_backend.smc.trace import Path
 
 
@@ -113,7 +113,11 @@ async def move(
         raise ParticleFailed(step, particle, f"{type(error).__name__}: {error} (in the kernel)") from error
     if chosen is None:
         return strand
-    await strand.close()
+    try:
+        await strand.close()
+    except BaseException:
+        await chosen.strand.close()
+        raise
     chosen.strand.context.seed = seed
     return chosen.strand
 
@@ -122,9 +126,15 @@ async def move_path(kernel: Kernel, start: Start, path: Path, seed: int) -> Path
     """A complete path after a kernel, whose candidates run to their end.
 
     Raises:
-        NonFiniteWeight, ParticleFailed: What a candidate raised.
+        NonFiniteWeight, ParticleFailed: What the kernel or a candidate raised.
     """
-    chosen = await _chosen(kernel, Move(start, path, math.inf, seed, None))
+    try:
+        chosen = await _chosen(kernel, Move(start, path, math.inf, seed, None))
+    except InferenceFailed:
+        raise
+    except Exception as error:
+        n_steps = len(path.log_increments)
+        raise ParticleFailed(n_steps, 0, f"{type(error).__name__}: {error} (in the kernel)") from error
     return path if chosen is None else chosen.path
 
 
@@ -133,7 +143,5 @@ async def _chosen(kernel: Kernel, offer: Move) -> Candidate | None:
     try:
         chosen = await kernel(offer)
     finally:
-        for candidate in offer.candidates:
-            if candidate is not chosen:
-                await candidate.strand.close()
+        await close_all(candidate.strand for candidate in offer.candidates if candidate is not chosen)
     return chosen

@@ -7,6 +7,7 @@ numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -29,20 +30,25 @@ class Recording:
 
     Make one, pass it to `smc(..., recording=...)`, `save` it; `Recording.load` gives one that answers instead.
 
+    Args:
+        models: Names of the models. Those that have none are told apart by the order in which they are first asked,
+            which must then be the same each time: name them where that depends on the run, or where it is resumed.
+
     Attributes:
         is_replay: Whether it answers, and asks nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, models: Mapping[str, AsyncLM] | None = None) -> None:
         self.is_replay = False
-        self._models: list[AsyncLM] = []  # in the order in which they were first asked
+        self._names = dict(models or {})
+        self._models = dict(self._names)
         self._answers: dict[str, Any] = {}
         self._draws: dict[Where, Proposed] = {}
         self._resampled: dict[int, Resampled] = {}
 
     def replay(self) -> Recording:
         """The same record, as one that answers."""
-        other = Recording()
+        other = Recording(self._names)
         other.is_replay = True
         other._answers, other._draws, other._resampled = self._answers, self._draws, self._resampled
         return other
@@ -67,14 +73,18 @@ class Recording:
         )
 
     @classmethod
-    def load(cls, path: str | FilePath) -> Recording:
+    def load(cls, path: str | FilePath, models: Mapping[str, AsyncLM] | None = None) -> Recording:
         """A saved recording, as one that answers.
+
+        Args:
+            path: Where it was saved.
+            models: As for the recording that was saved.
 
         Raises:
             ValueError: The file is not a recording.
         """
         data = plain.load(path, _FORM)
-        loaded = cls()
+        loaded = cls(models)
         loaded.is_replay = True
         loaded._answers = dict(data["answers"])
         loaded._draws = {tuple(where): Proposed(value, weight) for where, value, weight in data["draws"]}
@@ -86,8 +96,6 @@ class Recording:
 
     async def answer(self, llm: AsyncLM, token_ids: tuple[int, ...], query: Query, lora_name: str | None) -> Any:
         """The model's answer, kept; or the kept one.
-
-        Models are told apart by the order in which they are first asked.
 
         Raises:
             ReplayMismatch: It was not asked when this was recorded.
@@ -119,7 +127,9 @@ class Recording:
             return row
         if self.is_replay:
             raise ReplayMismatch("a question to the model", key, "no answer to it")
-        return llm.next_token_logprobs_sync(token_ids, lora_name)  # given before the run was resumed
+        row = llm.next_token_logprobs_sync(token_ids, lora_name)  # given before this recording began
+        self._answers[key] = row
+        return row.clone()
 
     def known_draw(self, where: Where) -> Proposed | None:
         """The recorded draw of this step, particle and key; None where it is to be made.
@@ -146,9 +156,10 @@ class Recording:
         self._resampled[step] = drawn
 
     def _key(self, llm: AsyncLM, token_ids: tuple[int, ...], query: Query, lora_name: str | None) -> str:
-        model = next((i for i, known in enumerate(self._models) if known is llm), len(self._models))
-        if model == len(self._models):
-            self._models.append(llm)
+        model = next((name for name, known in self._models.items() if known is llm), None)
+        if model is None:
+            model = str(len(self._models))
+            self._models[model] = llm
         return f"{model}|{lora_name}|{_named(query)}|{token_ids}"
 
 

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import math
 import types
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Coroutine, Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 from genlm_backend.errors import NonFiniteWeight, ParticleFailed
@@ -33,6 +33,10 @@ class Strand(Protocol):
 
     def path(self) -> Path:
         """Where it is, as plain data."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a coroutine that has not ended."""
 
     async def close(self) -> None:
         """End its coroutine; it will not be advanced again."""
@@ -119,10 +123,16 @@ class Live:
         """All whole steps."""
         return Path(tuple(self._entries()), tuple(self.log_increments), self.status, self.value)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a coroutine that has not ended."""
+        return self._coroutine is not None
+
     async def close(self) -> None:
         """End the coroutine; see `end_program`."""
         coroutine, self._coroutine = self._coroutine, None
         if coroutine is not None:
+            self.context.runs_here()
             await end_program(coroutine)
 
     async def _until_checkpoint(self, coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -166,6 +176,8 @@ class Retained:
         """What was repeated so far."""
         return self._whole.first(len(self.log_increments))
 
+    is_open = False
+
     async def close(self) -> None:
         """Nothing runs."""
 
@@ -179,7 +191,9 @@ async def end_program(coroutine: Coroutine[Any, Any, Any]) -> None:
         coroutine.close()  # not begun, or at its end
         return
     try:
-        await drive(coroutine, Died())
+        is_over, _ = await drive(coroutine, Died())
+        if not is_over:  # it went on to a checkpoint
+            coroutine.close()
     except BaseException as raised:
         match _single(raised):
             case Died():
@@ -197,6 +211,14 @@ def _single(error: BaseException) -> BaseException:
         _, others = error.split(Died)
         error = (others or error).exceptions[0]
     return error
+
+
+async def close_all(strands: Iterable[Strand]) -> None:
+    """Close strands, all at once; what interrupts one leaves when all have ended."""
+    closings = [strand.close() for strand in strands if strand.is_open]
+    for outcome in await asyncio.gather(*closings, return_exceptions=True):
+        if outcome is not None:
+            raise outcome
 
 
 @types.coroutine

@@ -66,8 +66,35 @@ async def test_gathered_coroutines_that_ask_again_are_refused(is_nested):
         return tuple(await asyncio.gather(two(ctx, 1), two(ctx, 2)))
 
     async with fake_language_model(FakeEngine()) as llm:
-        with pytest.raises(ParticleFailed, match="asked the context a second time"):
+        with pytest.raises(ParticleFailed, match="asked the context again, after another"):
             await smc(interleaved(), 2)
+
+
+@pytest.mark.parametrize("how", ["wait_for", "shield", "task", "thread"])
+async def test_helpers_in_a_task_of_their_own_ask_as_often_as_they_like(how):
+    async def helper(ctx):
+        first = await ctx.next_token(llm, [1])
+        ctx.show(str(first))
+        return first, await ctx.next_token(llm, [1, first])
+
+    @program
+    async def waiting(ctx):
+        match how:
+            case "wait_for":
+                pair = await asyncio.wait_for(helper(ctx), 60)
+            case "shield":
+                pair = await asyncio.shield(helper(ctx))
+            case "task":
+                pair = await asyncio.create_task(helper(ctx))
+            case _:
+                pair = await helper(ctx)
+                await asyncio.to_thread(ctx.show, "in a thread")
+        await ctx.checkpoint()
+        return pair
+
+    async with fake_language_model(FakeEngine()) as llm:
+        paused = await smc(waiting(), 3, seed=3, max_steps=1)
+        assert await resume(waiting(), paused) == await smc(waiting(), 3, seed=3)
 
 
 async def test_a_task_group_in_which_a_particle_dies_is_no_failure():
@@ -130,6 +157,79 @@ async def test_what_a_particle_holds_is_given_back_by_those_that_are_dropped_too
     assert log.count("taken") == log.count("given back") > 8
     paused = await smc(holding(), 4, max_steps=1)
     assert paused.status == "paused" and log.count("taken") == log.count("given back")
+
+
+async def test_cleaning_up_may_ask_the_context_and_goes_on_at_once_for_all():
+    log = []
+    n_inside = most_inside = 0
+
+    @program
+    async def holding(ctx):
+        async def tell():
+            nonlocal n_inside, most_inside
+            n_inside += 1
+            most_inside = max(most_inside, n_inside)
+            await asyncio.sleep(0.001)
+            n_inside -= 1
+            log.append(ctx.particle)
+            return 0
+
+        try:
+            await ctx.sample(ROW)
+            await ctx.checkpoint()
+        finally:
+            await ctx.recorded(tell)
+            await ctx.recorded(tell)
+
+    await smc(holding(), 4, max_steps=1)
+    assert sorted(log) == [0, 0, 1, 1, 2, 2, 3, 3] and most_inside == 4
+
+
+async def test_a_particle_that_goes_on_instead_of_ending_is_ended_at_its_next_checkpoint():
+    ended = []
+
+    @program
+    async def stubborn(ctx):
+        try:
+            try:
+                await ctx.sample(ROW)
+                await ctx.checkpoint()
+            except BaseException:
+                await asyncio.sleep(0)
+                await ctx.checkpoint()
+        finally:
+            ended.append(ctx.particle)
+
+    assert (await smc(stubborn(), 2, max_steps=1)).status == "paused"
+    assert sorted(ended) == [0, 1]
+
+
+async def test_candidates_that_were_taken_are_ended_when_another_kernel_raises():
+    n_open = 0
+
+    @program
+    async def holding(ctx):
+        nonlocal n_open
+        n_open += 1
+        try:
+            await ctx.sample(ROW)
+            await ctx.checkpoint()
+        finally:
+            n_open -= 1
+
+    n_calls = 0
+
+    async def sometimes(move):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 4:
+            await asyncio.sleep(0.01)
+            raise KeyError("oh")
+        return await move.candidate(0)
+
+    with pytest.raises(ParticleFailed, match="in the kernel"):
+        await smc(holding(), 4, ess_threshold=1.0, kernel=sometimes)
+    assert n_calls == 4 and n_open == 0
 
 
 async def test_an_error_while_cleaning_up_is_reported_and_harms_nobody():
@@ -263,6 +363,24 @@ async def test_a_chain_that_fails_keeps_what_it_visited():
     assert isinstance(caught.value.result, Chain) and len(caught.value.result.paths) == 5
 
 
+async def test_a_chain_that_fails_at_once_or_in_its_kernel_is_a_chain_too():
+    @program
+    async def broken(ctx):
+        raise OSError("disk full")
+
+    with pytest.raises(ParticleFailed) as caught:
+        await particle_gibbs(broken(), 2, 3)
+    assert caught.value.result == Chain()
+
+    async def kernel(move):
+        if move.path.status == "done":
+            raise KeyError("oh")
+
+    with pytest.raises(ParticleFailed, match="in the kernel") as caught:
+        await particle_gibbs(chain(2), 2, 3, kernel=kernel)
+    assert caught.value.result == Chain()
+
+
 async def test_a_kernel_that_raises_is_named_with_step_and_particle():
     async def broken(move):
         await move.candidate(0)
@@ -347,6 +465,28 @@ async def test_a_run_in_which_all_died_goes_on_after_the_mistake_is_mended(metho
     assert await resume(doomed(), failed) == await smc(doomed(), 4, method=method, seed=3)
 
 
+@pytest.mark.parametrize("n_branches", [1, 2])
+async def test_those_who_died_before_the_others_keep_their_places(n_branches):
+    is_broken = True
+
+    @program
+    async def doomed(ctx):
+        symbols = []
+        for i in range(3):
+            symbols.append(await ctx.sample(ROW))
+            ctx.condition(i > 0 or ctx.particle != 1)
+            ctx.condition(not (is_broken and i == 1))
+            await ctx.checkpoint()
+        return tuple(symbols)
+
+    options = {"method": "steer", "n_branches": n_branches, "seed": 3}
+    failed = await smc(doomed(), 4, on_failure="mark", **options)
+    is_broken = False
+    resumed, whole = await resume(doomed(), failed), await smc(doomed(), 4, **options)
+    assert [step.parents for step in resumed.steps] == [step.parents for step in whole.steps]
+    assert resumed.values == whole.values and resumed.log_weights == whole.log_weights
+
+
 # ---- recordings, strict rows
 
 
@@ -370,6 +510,31 @@ async def test_a_recording_tells_models_apart():
         assert len(set(plain.log_weights)) > 1
         assert await smc(by_two(small, large), 4, recording=recording) == plain
         assert await smc(by_two(small, large), 4, recording=recording.replay()) == plain
+
+
+async def test_the_recording_of_a_resumed_run_is_replayed_and_names_keep_models_apart(tmp_path):
+    @program
+    async def by_two(ctx, small, large):
+        first = await ctx.logprobs(small, [1])
+        await ctx.sample(first)
+        await ctx.checkpoint()
+        ctx.score(float(first.max()))
+        second = await ctx.logprobs(large, [1])
+        ctx.score(float(second.max()))
+        return await ctx.sample(second)
+
+    async with fake_language_model(FakeEngine()) as large, fake_language_model(Opposite()) as small:
+        models = {"small": small, "large": large}
+        paused = await smc(by_two(small, large), 4, max_steps=1)
+        recording = Recording(models)
+        whole = await resume(by_two(small, large), paused, recording=recording)
+        assert whole == await smc(by_two(small, large), 4)
+        recording.save(tmp_path / "run.json")
+        before = small.statistics().requests, large.statistics().requests
+        assert await resume(by_two(small, large), paused, recording=recording.replay()) == whole
+        loaded = Recording.load(tmp_path / "run.json", models)
+        assert await resume(by_two(small, large), paused, recording=loaded) == whole
+        assert (small.statistics().requests, large.statistics().requests) == before
 
 
 async def test_strict_blocks_may_overlap():
