@@ -57,7 +57,10 @@ class CachedEngine(Engine):
 
     def _evaluate(self, kv: KVCache, contexts: Sequence[Context], logits: list[torch.Tensor | None]) -> None:
         """Put the logits of each context in its place."""
-        waiting = sorted(range(len(contexts)), key=lambda i: len(contexts[i].token_ids))  # prefixes first
+        kv.tick += 1
+        n_new = [kv.n_new(context) for context in contexts]
+        # What is held comes first, before it may be evicted; and prefixes before what continues them.
+        waiting = sorted(range(len(contexts)), key=lambda i: (n_new[i], len(contexts[i].token_ids)))
         while waiting:
             kv.tick += 1
             n_planned = 0
@@ -66,15 +69,15 @@ class CachedEngine(Engine):
             for i in waiting:
                 adapter, ids = contexts[i]
                 match = kv.tree.match(adapter, ids, len(ids) - 1, kv.tick)
-                n_new = len(ids) - match.length
-                if groups and n_planned + n_new > self.plan_tokens:
+                n_missing = len(ids) - match.length
+                if groups and n_planned + n_missing > self.plan_tokens:
                     break
                 known = np.concatenate(match.parts) if match.parts else np.empty(0, np.int64)
                 # Of contexts that go on with the same new token one is computed now; the others then know more.
                 branch = (adapter, int(known[-1]) if len(known) else None, ids[match.length])
                 if first_of.setdefault(branch, i) == i:
-                    groups[match.length, n_new].append((i, known))
-                    n_planned += n_new
+                    groups[match.length, n_missing].append((i, known))
+                    n_planned += n_missing
             for (n_known, _), members in groups.items():
                 for start in range(0, len(members), self.rows):
                     part = members[start : start + self.rows]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from genlm_backend.cache.prefix_tree import PrefixTree, Slots
+from genlm_backend.llm.service import Context
 
 FIRST_CAPACITY = 1024
 PLAN_TOKENS = 8192  # new tokens of a batch for which room is made at once: bounds what it holds beyond the budget
@@ -183,6 +184,11 @@ class KVCache:
         new.pool.bytes_per_slot = self.pool.bytes_per_slot
         new._n_evicted_before = self.n_evicted
         return new
+
+    def n_new(self, context: Context) -> int:
+        """Tokens of a context that are to be computed, its last one always; what is held is in use at this tick."""
+        ids = context.token_ids
+        return len(ids) - self.tree.match(context.adapter, ids, len(ids) - 1, self.tick).length
 
     def make_room(self, n_new: int) -> None:
         """Forget what is not in use at this tick until `n_new` tokens fit the budget.

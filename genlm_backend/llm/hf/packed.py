@@ -54,6 +54,11 @@ class PackedEngine(Engine):
                 kv.tick += 1  # what only earlier plans of this batch used may be evicted
                 rest = order[len(done) :]
                 plan = make_plan(kv.tree, [contexts[i] for i in rest], self.plan_tokens, kv.tick)
+                if not done and len(plan.targets) < len(rest):  # what is held comes first, before it may be evicted
+                    n_new = [kv.n_new(context) for context in contexts]
+                    order.sort(key=lambda i: n_new[i] > 1)
+                    rest = order
+                    plan = make_plan(kv.tree, [contexts[i] for i in rest], self.plan_tokens, kv.tick)
                 planned = rest[: len(plan.targets)]
                 logits.append(self._compute(kv, plan, [contexts[i] for i in planned], np.argsort(planned)))
                 done += sorted(planned)

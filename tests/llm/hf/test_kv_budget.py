@@ -19,8 +19,8 @@ PLAN_TOKENS = 16
 BYTES_PER_TOKEN = {"llama": 4 * 2 * 2 * 16 * 4, "bloom": 4 * 2 * 64 * 4}
 
 
-def engine_of(name: str) -> Any:
-    kv_cache_bytes = BUDGET_TOKENS * BYTES_PER_TOKEN[name]
+def engine_of(name: str, budget_tokens: int = BUDGET_TOKENS) -> Any:
+    kv_cache_bytes = budget_tokens * BYTES_PER_TOKEN[name]
     if name == "llama":
         return packed_engine(small(name), kv_cache_bytes, step_tokens=5, plan_tokens=PLAN_TOKENS)
     return CachedEngine(replica(small(name)), kv_cache_bytes, rows=4, plan_tokens=PLAN_TOKENS)
@@ -60,6 +60,25 @@ def test_a_large_batch_holds_no_more_than_the_budget_and_one_plan(name: str, mon
         assert capacities(engine) == {BUDGET_TOKENS}
     assert max(n_used) <= BUDGET_TOKENS + PLAN_TOKENS
     assert walk.worst.nats <= TINY_NATS
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", BYTES_PER_TOKEN)
+def test_a_batch_that_does_not_fit_computes_again_little_more_than_what_does_not(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 contexts of 8 tokens and room for 100: each step needs 16 last tokens, and the 28 that do not fit."""
+    monkeypatch.setattr(kv_pool, "FIRST_CAPACITY", 8)
+    engine = engine_of(name, 100)
+    walk = Walk(engine, small(name))
+    batch = contexts_of(*([i, *random_ids(walk.rng, 7)] for i in range(1, 17)))
+    computed = []
+    for _ in range(5):
+        before = engine.counts().tokens_computed
+        walk.check(batch)
+        computed.append(engine.counts().tokens_computed - before)
+    assert computed[0] == 16 * 8
+    assert max(computed[1:]) <= 16 + 28, computed
 
 
 @pytest.mark.thorough
