@@ -21,7 +21,7 @@ def four_words() -> None:
 
 async def next_bytes() -> None:
     """What SmolLM2 writes next, as the heaviest part of the trie of its vocabulary."""
-    async with load_model_by_name("smollm2") as llm:
+    async with load_model_by_name("smollm2", "hf") as llm:
         row = await llm.next_token_logprobs(llm.tokenizer.encode(PROMPT))
         trie = TokenCharacterTrie(llm.byte_vocab)
         masses = trie.mass_sum(row.exp())

@@ -98,7 +98,7 @@ async def stalls(llm: AsyncLM, repeats: int) -> list[float]:
 
 async def main(model: str) -> None:
     console = Console()
-    async with load_model_by_name(model) as llm:
+    async with load_model_by_name(model, "hf") as llm:
         await step_times(llm, 5)
         through, inside = await lone_times(llm, REPEATS)
         around = statistics.median(a - b for a, b in zip(through, inside, strict=True))

@@ -65,8 +65,6 @@ class Generator:
             options["device"] = str(device)
         if model_kwargs:
             options["hf_opts"] = model_kwargs
-        if options and backend is None:
-            backend = "hf"  # whose options they are
         generator = cls(load_model_by_name(model_name_or_path, backend=backend, llm_opts=options))
         generator._name = model_name_or_path
         return generator

@@ -197,7 +197,9 @@ class Batcher:
             self._start_thread()
         except Exception as error:  # no thread, or no memory for one
             _, removed = self._take(len(self._pending))
-            _answer((waiter, EngineNotStarted(str(error))) for waiter in removed)
+            data = error.data if isinstance(error, ForkedEngine) else (str(error),)
+            kind = ForkedEngine if isinstance(error, ForkedEngine) else EngineNotStarted
+            _answer((waiter, kind(*data)) for waiter in removed)  # an error each: raising one changes it
             return
         self._wake.put(True)
         self._busy = True  # last: interrupted before it, the engine serves and does not look busy for ever
@@ -335,5 +337,6 @@ def _serve(batcher: weakref.ref[Batcher], wake: queue.SimpleQueue[bool]) -> None
         alive = batcher()
         if alive is None:
             return
-        alive._serve_batch()
+        with contextlib.suppress(Exception):  # no memory even to answer: later batches are served all the same
+            alive._serve_batch()
         del alive

@@ -39,6 +39,10 @@ def load(model: str, backend: str | None, progress: Console, device: str | None 
     Raises:
         GenlmError: See `load_model_by_name`.
     """
+    if device is not None and backend not in (None, "hf"):
+        raise typer.BadParameter(
+            f"the engine {backend} chooses its device itself; leave this out", param_hint="--device"
+        )
     with status(progress, f"loading {model}") as tell:
         from genlm_backend import sampling
         from genlm_backend.llm import load_model_by_name
@@ -47,8 +51,6 @@ def load(model: str, backend: str | None, progress: Console, device: str | None 
         path = resolve_model(model, tell)
         tell(f"loading {model}")
         options = {} if device is None else {"device": device}
-        if options and backend is None:
-            backend = "hf"  # vLLM chooses its device itself
         # A folder is read in seconds; the bar of a download from Hugging Face is worth seeing.
         with nullcontext() if isinstance(path, str) else no_progress_bars():
             llm = load_model_by_name(str(path), backend=backend, llm_opts=options)

@@ -53,9 +53,13 @@ BACKENDS: dict[str, type[AsyncTransformer] | type[AsyncVirtualLM] | type[MockAsy
 }
 
 
+_OPTIONS_OF_VLLM = frozenset({"engine_opts", "batch_size", "row_memo_bytes", "trust_remote_code"})
+
+
 def best_backend() -> str:
     """What `load_model_by_name` takes unless told: "vllm" where CUDA and vLLM are both there, else "hf"."""
-    return "vllm" if importlib.util.find_spec("vllm") is not None and torch.cuda.is_available() else "hf"
+    vllm = importlib.util.find_spec("vllm")
+    return "vllm" if vllm is not None and vllm.origin is not None and torch.cuda.is_available() else "hf"
 
 
 def load_model_by_name(name: str, backend: str | None = None, llm_opts: dict[str, Any] | None = None) -> AsyncLM:
@@ -63,8 +67,9 @@ def load_model_by_name(name: str, backend: str | None = None, llm_opts: dict[str
 
     Args:
         name: 'smollm2' (the demo model), a Hugging Face id, a local folder, or a `.gguf` path.
-        backend: "hf" (transformers), "vllm" or "mock" (noise; only the tokenizer is read); None is `best_backend()`.
-        llm_opts: For the backend's `from_name`; name the backend where they fit only one.
+        backend: "hf" (transformers), "vllm" or "mock" (noise; only the tokenizer is read); None is `best_backend()`, or
+            "hf" with options that vLLM does not have.
+        llm_opts: For the backend's `from_name`.
 
     Raises:
         UnknownBackend: No such backend.
@@ -72,7 +77,9 @@ def load_model_by_name(name: str, backend: str | None = None, llm_opts: dict[str
         ModelNotFound, UnsafeWeights, RemoteCodeRefused, UnsupportedModel, VocabularyError: See
             `genlm_backend.errors`.
     """
-    kind = BACKENDS.get(best_backend() if backend is None else backend)
+    if backend is None:
+        backend = best_backend() if _OPTIONS_OF_VLLM.issuperset(llm_opts or {}) else "hf"
+    kind = BACKENDS.get(backend)
     if kind is None:
         raise UnknownBackend(backend, sorted(BACKENDS))
     return kind.from_name(name, **(llm_opts or {}))

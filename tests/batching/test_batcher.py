@@ -16,7 +16,7 @@ import pytest
 
 from genlm_backend.batching import Batcher, Job
 from genlm_backend.batching.batcher import QUIET_PASSES
-from genlm_backend.errors import EngineNotStarted, ModelClosed, QueriesReset
+from genlm_backend.errors import EngineNotStarted, ForkedEngine, ModelClosed, QueriesReset
 
 PATIENCE_S = 30.0  # fails instead of hanging
 
@@ -357,7 +357,7 @@ async def test_a_loop_that_goes_on_in_a_fork_starts_no_engine_there(
     batcher = make()
     asked = batcher.ask("a", None)
     monkeypatch.setattr(batcher, "_pid", -1)
-    with pytest.raises(EngineNotStarted, match="process -1"):
+    with pytest.raises(ForkedEngine, match="process -1"):
         await asyncio.wait_for(asked, PATIENCE_S)
     monkeypatch.undo()
     assert batcher._thread is None

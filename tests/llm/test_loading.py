@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import typer
 from transformers import PreTrainedTokenizerFast, dynamic_module_utils
 
 from genlm_backend import llm
@@ -38,7 +40,11 @@ def there(monkeypatch: pytest.MonkeyPatch, *, cuda: bool, vllm: bool) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *of: (vllm or None) if name == "vllm" else find_spec(name, *of)
+        importlib.util,
+        "find_spec",
+        lambda name, *of: (
+            (SimpleNamespace(origin="there") if vllm else None) if name == "vllm" else find_spec(name, *of)
+        ),
     )
 
 
@@ -52,7 +58,8 @@ def test_without_a_name_it_is_vllm_where_cuda_and_vllm_are_there(
     load_model_by_name("some/model", llm_opts={"batch_size": 3})
     load_model_by_name("some/model", "mock")
     load_model_by_name("some/model", "hf")
-    assert taken == [(expected, {"batch_size": 3}), ("mock", {}), ("hf", {})]
+    load_model_by_name("some/model", llm_opts={"hf_opts": {}})
+    assert taken == [(expected, {"batch_size": 3}), ("mock", {}), ("hf", {}), ("hf", {"hf_opts": {}})]
 
 
 def test_a_command_that_names_a_device_takes_the_engine_that_can_choose_it(
@@ -63,6 +70,8 @@ def test_a_command_that_names_a_device_takes_the_engine_that_can_choose_it(
     there(monkeypatch, cuda=True, vllm=True)
     for backend, device in ((None, None), (None, "cpu"), ("vllm", None)):
         load(str(tiny_model_folder), backend, Console(quiet=True), device)
+    with pytest.raises(typer.BadParameter, match="chooses its device itself"):
+        load(str(tiny_model_folder), "vllm", Console(quiet=True), "cpu")
     assert taken == [("vllm", {}), ("hf", {"device": "cpu"}), ("vllm", {})]
 
 

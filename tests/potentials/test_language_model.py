@@ -90,7 +90,7 @@ async def test_a_prompt_is_text_or_ids(tiny_tokenizer_512: PreTrainedTokenizerFa
 
 @pytest.mark.model
 async def test_the_real_model_under_a_schema_keeps_the_laws(smollm2_path: Path) -> None:
-    async with load_model_by_name(str(smollm2_path)) as llm:
+    async with load_model_by_name(str(smollm2_path), "hf") as llm:
         schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
         product = Product(LanguageModel(llm, "A city as JSON:"), Grammar.json_schema(llm, schema))
         sequence = llm.tokenizer.encode('{"city": "Montreal"}')

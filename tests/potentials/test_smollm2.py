@@ -20,7 +20,7 @@ CHOSEN = schemas.ALL[::20]
 @pytest.mark.model
 @pytest.mark.timeout(300)
 async def test_what_the_model_writes_under_a_schema_is_valid(smollm2_path: Path) -> None:
-    async with load_model_by_name("smollm2") as llm:
+    async with load_model_by_name("smollm2", "hf") as llm:
         rules = [GrammarRule(Grammar.json_schema(llm, schema, whitespace=False)) for schema in CHOSEN]
         outcomes = await asyncio.gather(
             *(

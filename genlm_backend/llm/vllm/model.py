@@ -63,7 +63,8 @@ class AsyncVirtualLM(AsyncLM):
         engine_opts: Mapping[str, Any] | None = None,
         *,
         trust_remote_code: bool = False,
-        **kwargs: Any,
+        batch_size: int | None = None,
+        row_memo_bytes: int | None = None,
     ) -> Self:
         """Load a model and its tokenizer.
 
@@ -72,8 +73,8 @@ class AsyncVirtualLM(AsyncLM):
             engine_opts: Options of `vllm.EngineArgs`, such as `dtype`, `max_model_len`, `max_num_seqs` (live requests),
                 `kv_cache_memory_bytes`, `gpu_memory_utilization`. Parallel and speculative ones are refused.
             trust_remote_code: Let the model and its tokenizer run code of their own.
-            kwargs: `batch_size`, most distinct contexts in one batch (default: `max_num_seqs`); `row_memo_bytes`,
-                bound of remembered rows.
+            batch_size: Most distinct contexts in one batch; None is `max_num_seqs`.
+            row_memo_bytes: Bound of remembered rows; None is 128 MiB.
 
         Raises:
             BackendUnavailable: vLLM is not installed.
@@ -101,7 +102,7 @@ class AsyncVirtualLM(AsyncLM):
         tokenizer = load_tokenizer(model_name, **{name: options[name] for name in names if name in options})
         engine, transport, reasons = run_apart(load)
         try:
-            wrapped = cls(engine, tokenizer, transport, **kwargs)
+            wrapped = cls(engine, tokenizer, transport, batch_size=batch_size, row_memo_bytes=row_memo_bytes)
         except BaseException:
             engine.close()
             raise
