@@ -23,6 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "backtracking"
 
 
 @pytest.mark.model
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_notebook_runs_as_shown(smollm2_path, tmp_path):
     """Nine lines in ten: rows differ by 2e-5 between machines, and a draw may be another token."""
