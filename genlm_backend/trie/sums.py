@@ -142,8 +142,8 @@ class _Memory:
     """Memory for large results. That of the last two whose last view is gone serves the next of their size.
 
     Fresh memory costs as much as computing: 32 rows of 150,000 entries take 0.13 s in it and 0.07 s in memory that was
-    used before, and several times that where page faults are dear. The system takes large blocks back as soon as they
-    are freed, so two are kept here: with one, rows asked for alone take it from the batches between them.
+    used before. The system takes large blocks back as soon as they are freed, so two are kept here: with one, rows
+    asked for alone take it from the batches between them, and 32 rows then take 70 to 79 ms instead of 36 to 58.
     """
 
     def __init__(self) -> None:
