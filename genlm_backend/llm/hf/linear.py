@@ -1,4 +1,4 @@
-"""Linear layers on weights that were repacked once: faster for few rows on a CPU, in bfloat16 and float32."""
+"""Linear layers on weights that were repacked once: faster for few rows on a CPU, in 16 bits and in float32."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from genlm_backend.llm.loading import multiplies_bfloat16
 ROWS_HINT = 32  # the batch the packing is made for; other sizes work
 HALF_ERROR = 2.0**-36  # of a matrix's largest weight: far below what float32 loses in a sum of products
 LARGEST_HALF = 2.0**15
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class PackedLinear(nn.Module):
@@ -38,9 +39,10 @@ class BlockedLinear(PackedLinear):
 
 
 class HalfLinear(PackedLinear):
-    """A float32 layer whose weight is read from 16 bits, for weights that lose nothing by it: FBGEMM's products.
+    """A layer whose weight is read from 16 bits, for weights that lose nothing by it: FBGEMM's products.
 
-    Sums and inputs are float32. Few rows cost what reading the weight costs, so half the bytes are half the time.
+    Sums are float32 and rounded once, to the type of the rows. Few rows cost what reading the weight costs, so for
+    float32 half the bytes are half the time; 16-bit layers are spared the products that their CPU has to emulate.
 
     Args:
         linear: The layer.
@@ -49,13 +51,13 @@ class HalfLinear(PackedLinear):
 
     def __init__(self, linear: nn.Linear, scale: float) -> None:
         super().__init__(linear)
-        bias = None if linear.bias is None else linear.bias.detach() * scale
-        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach() * scale, bias)
+        bias = None if linear.bias is None else linear.bias.detach().float() * scale
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float() * scale, bias)
         self.scale = scale
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(rows, self.packed)
-        return out if self.scale == 1 else out.div_(self.scale)
+        out: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(rows.float(), self.packed)
+        return (out if self.scale == 1 else out.div_(self.scale)).to(rows.dtype)
 
 
 def half_scale(weight: torch.Tensor) -> float | None:
@@ -74,13 +76,14 @@ def half_scale(weight: torch.Tensor) -> float | None:
     return None
 
 
-def pack(linear: nn.Linear) -> PackedLinear:
-    """The fastest packed form of a layer that `gains`."""
-    if linear.weight.dtype == torch.float32 and torch.backends.quantized.engine in ("x86", "fbgemm"):
-        scale = half_scale(linear.weight.detach())
+def pack(linear: nn.Linear) -> PackedLinear | None:
+    """The fastest packed form of a layer that `gains`; None for a weight of 16 bits that float16 does not hold."""
+    weight = linear.weight.detach()
+    if _has_halves() and not (weight.dtype == torch.bfloat16 and multiplies_bfloat16()):
+        scale = half_scale(weight.float())
         if scale is not None:
             return HalfLinear(linear, scale)
-    return BlockedLinear(linear)
+    return BlockedLinear(linear) if weight.dtype == torch.float32 or multiplies_bfloat16() else None
 
 
 Replaced = list[tuple[nn.Module, str, nn.Module]]
@@ -93,15 +96,16 @@ def pack_linears(model: Any) -> Replaced:
         What was replaced, for `unpack_linears`; drop it to free the original weights. Empty where this is no gain.
     """
     replaced: Replaced = []
-    packed: dict[int, PackedLinear] = {}
+    packed: dict[int, PackedLinear | None] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and gains(child.weight):
                 if id(child) not in packed:
                     with torch.no_grad():
-                        packed[id(child)] = pack(child).eval()
-                setattr(parent, name, packed[id(child)])
-                replaced.append((parent, name, child))
+                        packed[id(child)] = pack(child)
+                if (instead := packed[id(child)]) is not None:
+                    setattr(parent, name, instead.eval())
+                    replaced.append((parent, name, child))
     return replaced
 
 
@@ -109,9 +113,15 @@ def gains(weight: torch.Tensor) -> bool:
     """Whether products with a repacked weight are faster; see docs/decisions.md."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if weight.dtype == torch.float32:
-        return platform.machine().lower() in ("x86_64", "amd64")  # elsewhere not measured
-    return weight.dtype == torch.bfloat16 and multiplies_bfloat16()
+    if multiplies_bfloat16() and weight.dtype != torch.float32:
+        return weight.dtype == torch.bfloat16
+    is_measured = platform.machine().lower() in ("x86_64", "amd64")
+    return is_measured and (weight.dtype == torch.float32 or (weight.dtype in HALVES and _has_halves()))
+
+
+def _has_halves() -> bool:
+    """Whether this build of torch has FBGEMM's products with weights in 16 bits."""
+    return torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
 def unpack_linears(replaced: Replaced) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from genlm_backend.llm.hf.linear import BlockedLinear, HalfLinear, gains, half_scale, pack
+import genlm_backend.llm.hf.linear as linear_module
+from genlm_backend.llm.hf.linear import BlockedLinear, HalfLinear, gains, half_scale, pack, pack_linears
 
 pytestmark = pytest.mark.skipif(not gains(torch.empty(1, 1)), reason="no gain in float32 on this CPU")
 needs_halves = pytest.mark.skipif(
@@ -94,3 +95,38 @@ def test_large_weights_are_scaled_down() -> None:
     assert scale is not None
     assert scale < 1
     assert float((weight * scale).abs().max()) <= 2.0**15
+
+
+@needs_halves
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_of_16_bits_are_summed_in_float32_and_rounded_once_where_they_would_be_emulated(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bias: bool
+) -> None:
+    monkeypatch.setattr(linear_module, "multiplies_bfloat16", lambda: False)
+    linear = layer(random_weight(), bias).to(dtype)
+    assert gains(linear.weight)
+    packed = pack(linear)
+    assert isinstance(packed, HalfLinear)
+    for n_rows in (1, 5, 33):
+        rows = torch.randn(1, n_rows, 64, generator=torch.Generator().manual_seed(n_rows)).to(dtype)
+        found = packed(rows)
+        assert found.dtype == dtype and found.shape == (1, n_rows, 96)
+        exact = nn.functional.linear(
+            rows.double(), linear.weight.detach().double(), None if not bias else linear.bias.detach().double()
+        )
+        half_ulp = torch.finfo(dtype).eps / 2
+        assert ((found.double() - exact).abs() <= 1.01 * half_ulp * exact.abs() + 1e-6).all()
+
+
+@needs_halves
+def test_layers_of_16_bits_stay_where_float16_does_not_hold_them_or_their_cpu_multiplies_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    endless = layer(torch.full((4, 64), math.inf)).bfloat16()
+    model = nn.ModuleDict({"endless": endless, "usual": layer(random_weight()).bfloat16()})
+    monkeypatch.setattr(linear_module, "multiplies_bfloat16", lambda: False)
+    assert [name for _, name, _ in pack_linears(model)] == ["usual"]
+    assert model["endless"] is endless
+    monkeypatch.setattr(linear_module, "multiplies_bfloat16", lambda: True)
+    assert not gains(torch.empty(1, 1, dtype=torch.float16))
