@@ -186,17 +186,18 @@ class Cursor:
     def in_mode(self, undo: Undo) -> Undo:
         """How far an objection goes and what it removes, as the mode has it. Done twice it gives the same."""
         n_free = len(self.path.ids) - self.n_final
-        n, late, keep = undo.n, undo.late, undo.keep
+        n, late, keep, siblings = undo.n, undo.late, undo.keep, undo.siblings
         if self._set.mode == "first":
             late = max(late, min(n, n_free) - 1)
         elif self._set.mode == "mask":
             n = 1
         elif self._set.mode == "none":
             keep = 1.0
-        return undo._replace(n=min(max(n, late + 1), n_free), late=late, keep=keep)
+        return undo._replace(n=min(max(n, late + 1), n_free), late=late, keep=keep, siblings=siblings)
 
     def effective(self, verdict: Verdict, coin: Callable[[], float]) -> Verdict:
         """The verdict after what can overrule it: the prompt and final text, a penalty that was not exacted.
+            siblings = siblings if late == undo.late else None  # of another place
 
         Args:
             verdict: On the last token.

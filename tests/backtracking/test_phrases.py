@@ -176,6 +176,18 @@ async def test_mode_first_also_removes_what_is_innocent():
         assert outcome.n_undos >= 1 and not outcome.text.startswith(" rich")  # as AntiSlop does
 
 
+async def test_in_mode_first_only_the_first_token_is_removed_not_the_ends_of_words_in_its_place():
+    vocab = [b"<p>", b"a", b" rich", b" tapestry", b".", b" So", b"<eos>"]
+    says = chooser(
+        otherwise={" rich": 0.6, " So": 0.4},
+        **{" rich": {" tapestry": 1.0}, " tapestry": {".": 1.0}, " So": {"<eos>": 1.0}},
+    )
+    async with speaker(vocab, says) as llm:
+        for seed in range(20):
+            outcome = await walk(llm, [1], phrases("rich tapestry"), eos=[6], mode="first", seed=seed, max_new_tokens=6)
+            assert outcome.text == " So"
+
+
 async def test_a_phrase_of_a_kept_head_and_a_new_tail_is_found():
     """` rich` stays when ` cloth` is taken back; what then comes makes the other phrase with it."""
     says = chooser(
