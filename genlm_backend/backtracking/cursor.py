@@ -144,13 +144,22 @@ class Cursor:
             self.root = shared.root
             self.rounds.append(self.root.alive)
 
-    def retract(self, length: int, why: str) -> Retract:
-        """Go back to the first `length` tokens."""
-        path = self.path
+    def retract(self, length: int, why: str, late: int = 0) -> Retract:
+        """Go back to the first `length` tokens.
+
+        Args:
+            length: At least `n_final`.
+            why: For the trace.
+            late: The prefix at fault ends so many tokens before the newest one; nothing longer was accepted.
+        """
+        path, best = self.path, self._best
         n = len(path.ids) - length
-        if self._best is None or len(path.ids) - 1 > len(self._best.ids):
+        n_good = max(len(path.ids) - 1 - late, self.n_final)
+        if late and best is not None and n_common(best.ids, path.ids) > n_good:
+            best.cut(n_good)
+        if best is None or n_good > len(best.ids):
             self._best = path.copy()
-            self._best.cut(max(len(path.ids) - 1, self.n_final))
+            self._best.cut(n_good)
         path.cut(length)
         self.n_undos += 1
         return Retract(n, why, self.n_final, length)
@@ -161,6 +170,8 @@ class Cursor:
             return
         reach = self._set.rule.reach
         hold = max(hold, 0 if reach is None else reach - 1)
+            if self._best is not None and self._best.ids[self.n_final : final] != self.path.ids[self.n_final : final]:
+                self._best = None
         final = max(self.path.settle(hold), len(self.path.ids) - self._set.hold)
         if final > self.n_final:
             self.root = self.node(final)
@@ -180,7 +191,7 @@ class Cursor:
         for token_id in best.ids[common:]:
             piece = self._set.llm.byte_vocab[token_id].byte_string
             told.append(Forced(token_id, piece, 0, "the longest text found", self.n_final))
-        self.path = best
+        self.path, self._best = best, None
         return told
 
     def in_mode(self, undo: Undo) -> Undo:

@@ -158,7 +158,7 @@ class Loop:
             if undo.siblings is not None and undo.keep == 0:
                 siblings = await self._siblings(undo.siblings, fault)
             self.cursor.remove(fault, undo.keep, siblings)
-        return [self._retract(0 if self._set.restarts else n_tokens - undo.n, undo.why)]
+        return [self._retract(0 if self._set.restarts else n_tokens - undo.n, undo.why, undo.late)]
 
     def _climbed(self) -> list[Event]:
         """Nothing can be drawn at the cursor: lift its filters, or give the prefix up."""
@@ -196,8 +196,8 @@ class Loop:
             self._splice = None
         return told
 
-    def _retract(self, length: int, why: str) -> Retract:
-        retract = self.cursor.retract(length, why)
+    def _retract(self, length: int, why: str, late: int = 0) -> Retract:
+        retract = self.cursor.retract(length, why, late)
         self._pending.clear()
         self._splice = None
         self._log_masses = self._log_masses if retract.n == 1 and self._set.mode == "mask" else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import numpy as np
 import pytest
@@ -164,6 +165,37 @@ async def test_running_out_gives_the_longest_text_that_was_accepted():
     assert b"".join(pieces) == b"bbb"[: len(pieces)], "and the events lead there"
     outcome = await said(no_a, likely=likely, mode="none", budget=Budget(undos=5), when_exhausted="accept")
     assert outcome.text == "bbba"
+
+
+async def test_giving_up_never_changes_what_is_final():
+    """A longer text of another branch, which was left for good, is none to go back to."""
+    vocab = [b"<p>", *(bytes([c]) for c in b"abcdefx"), b"<eos>"]
+    steps = {a: {b: 1.0} for a, b in itertools.pairwise("abcdef")}
+    streamed = set()
+    async with speaker(vocab, chooser(otherwise={"a": 0.9, "x": 0.1}, x={"x": 1.0}, **steps)) as llm:
+        for seed in range(5):
+            ban, budget = phrases("abcdef", words=False), Budget(draws=7)
+            walking = walk(llm, [0], ban, eos=[8], budget=budget, max_new_tokens=20, seed=seed)
+            text = "".join([piece async for piece in walking.text()])
+            assert text == walking.outcome().text
+            streamed.add(text)
+    assert "xx" in streamed
+
+
+@pytest.mark.parametrize(
+    ("judge", "n_undos", "said"),
+    [
+        (lambda s: Undo(2, late=1) if len(s.path) == 2 else None, 1, ""),
+        (lambda s: Undo(4, late=2) if len(s.path) == 4 else None, 1, "a"),
+        (lambda s: {4: Undo(1) if s.piece == b"b" else Undo(4, late=3)}.get(len(s.path)), 2, ""),
+    ],
+    ids=["of two tokens", "of four tokens", "after a longer text was accepted"],
+)
+async def test_running_out_gives_no_text_with_a_fault_that_was_found_late(judge, n_undos, said):
+    async with speaker(VOCAB, chooser(otherwise={"a": 1.0}, aaa={"b": 1.0})) as llm:
+        budget = Budget(undos=n_undos - 1)
+        outcome = await walk(llm, [0], rule(judge), eos=[5], budget=budget, max_new_tokens=4, seed=0)
+    assert (outcome.text, outcome.reason, outcome.n_undos) == (said, "budget", n_undos)
 
 
 async def test_every_prefix_is_asked_once_and_counted():
