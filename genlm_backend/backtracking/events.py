@@ -11,8 +11,8 @@ class Token(NamedTuple):
     Attributes:
         token_id: Which.
         piece: Its bytes; of a special token, its name.
-        logprob: Under the model, nats; NaN where a rule chose.
-        log_q: Under the filtered distribution, before anything was removed, nats.
+        logprob: Under the model, nats.
+        log_q: Under the filtered distribution, before anything was removed, nats; NaN where a rule chose.
         n_final: How many tokens of the text are final now.
     """
 
@@ -74,8 +74,8 @@ class Outcome(NamedTuple):
         text: The new text, without special tokens and without what a stop string cut off.
         token_ids: The new tokens, an end token included.
         reason: As in `End`.
-        logprob: Of the tokens under the model, nats; None if some were not drawn.
-        log_q: Under the filtered distribution, nats; None likewise.
+        logprob: Of the tokens under the model, nats; None if some were written, not drawn.
+        log_q: Under the filtered distribution, nats; None likewise, or if a rule chose some.
         log_weight: See the top of `walk`; None where there is none; -inf at a dead end.
         n_undos: How often tokens were taken back.
         n_draws: How many tokens were drawn, rejected ones included.

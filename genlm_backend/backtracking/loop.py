@@ -64,11 +64,12 @@ class Loop:
         Raises:
             GenlmError: As `walk`.
         """
+        is_weighing = self._first is not None
         try:
             told = await self._stepped()
         except _Exhausted as exhausted:
             told = self._given_up(str(exhausted))
-        if self._first is not None:  # what comes after the first text only weighs it
+        if is_weighing:  # what comes after the first text only weighs it
             told = [event for event in told if isinstance(event, End)]
         return told
 

@@ -250,13 +250,12 @@ class Walk:
     def outcome(self) -> Outcome:
         """What the walk came to, or where it is: `reason` is "unfinished" then."""
         path, end = self._loop.cursor.path, self._loop.end
-        is_drawn = not any(math.isnan(value) for value in path.logprobs)
         return Outcome(
             text=text_of(self._set.llm, path.ids, self._set.eos, end.cut if end else 0),
             token_ids=list(path.ids),
             reason=end.reason if end else "unfinished",
-            logprob=math.fsum(path.logprobs) if is_drawn else None,
-            log_q=math.fsum(path.log_qs) if is_drawn else None,
+            logprob=_sum(path.logprobs),
+            log_q=_sum(path.log_qs),
             log_weight=self._loop.log_weight,
             n_undos=self.n_undos,
             n_draws=self.n_draws,
@@ -290,6 +289,11 @@ class Walk:
 
 def _prompt_ids(llm: AsyncLM, prompt: str | Sequence[int]) -> Sequence[int]:
     if not isinstance(prompt, str):
+def _sum(values: Sequence[float]) -> float | None:
+    total = math.fsum(values)
+    return None if math.isnan(total) else total
+
+
         return checked_ids(prompt, len(llm.byte_vocab), None)
     return checked_ids(llm.tokenizer.encode(prompt), len(llm.byte_vocab), None)
 

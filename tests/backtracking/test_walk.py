@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from genlm_backend import sampling
 from genlm_backend.backtracking import (
+    KEEP,
     Budget,
+    End,
     Forced,
     Halt,
     Overlay,
     Replace,
     Retract,
+    Rule,
+    Token,
     Undo,
     all_of,
     phrases,
@@ -196,6 +201,35 @@ async def test_running_out_gives_no_text_with_a_fault_that_was_found_late(judge,
         budget = Budget(undos=n_undos - 1)
         outcome = await walk(llm, [0], rule(judge), eos=[5], budget=budget, max_new_tokens=4, seed=0)
     assert (outcome.text, outcome.reason, outcome.n_undos) == (said, "budget", n_undos)
+
+
+async def test_events_tell_every_token_of_a_text_that_is_weighed():
+    async with speaker([b"<p>", b"a", b"<eos>"], chooser(otherwise={"a": 1.0}, a={"<eos>": 1.0})) as llm:
+        outcome = await walk(llm, [0], (), mode="exact", weigh=True, eos=[2], seed=0)
+    assert [e.token_id for e in outcome.events if isinstance(e, Token)] == outcome.token_ids == [1, 2]
+    assert [type(e) for e in outcome.events] == [Token, Token, End]
+
+
+class Takes(Rule[None]):
+    """Chooses one token, always."""
+
+    def __init__(self, token_id: int) -> None:
+        self.token_id = token_id
+
+    def step(self, state, step):
+        return None, KEEP
+
+    async def choose(self, state, choices):
+        return self.token_id
+
+
+async def test_a_chosen_token_has_a_probability_under_the_model_and_was_drawn_from_nothing():
+    async with speaker([b"<p>", b"a", b"b"], chooser(otherwise={"a": 0.75, "b": 0.25})) as llm:
+        outcome = await walk(llm, [0], Takes(2), eos=(), max_new_tokens=2)
+    assert outcome.logprob == pytest.approx(2 * math.log(0.25)) and outcome.log_q is None
+    assert outcome.log_weight is None
+    told = [e for e in outcome.events if isinstance(e, Token)]
+    assert all(e.logprob == pytest.approx(math.log(0.25)) and math.isnan(e.log_q) for e in told)
 
 
 async def test_every_prefix_is_asked_once_and_counted():
