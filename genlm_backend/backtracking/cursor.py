@@ -123,25 +123,22 @@ class Cursor:
         """Whether all of the path is final."""
         return len(self.path.ids) == self.n_final
 
-    def remove(
-        self, length: int, keep: float, siblings: tree.Siblings | None = None, last: Drawn | None = None
-    ) -> None:
-        """Leave the share `keep` of the probability of the first `length` tokens.
+    def remove(self, length: int, keep: float, siblings: tree.Siblings | None = None) -> None:
+        """Leave the share `keep` of the probability of the first `length` tokens, after an objection.
 
         Args:
             length: Of the prefix, more than `n_final`.
-            keep: 0 bans it.
+            keep: 0 bans it; 1 leaves all.
             siblings: Also removed.
-            last: Stands for the last of those tokens.
         """
-        path, edges = self.path.ids[self.n_final : length], self.path.edges[self.n_final : length]
-        if last is not None:
-            path[-1], edges[-1] = last.token_id, last.edge
-        self.root = tree.removed(self.root, path, edges, keep, siblings)
+        if keep < 1:
+            path, edges = self.path.ids[self.n_final : length], self.path.edges[self.n_final : length]
+            self.root = tree.removed(self.root, path, edges, keep, siblings)
+            if self._set.restarts:
+                shared = self._overlay
+                shared.root = self.root if self._set.weigh else tree.removed(shared.root, path, edges, keep, siblings)
+                self.root = shared.root
         if self._set.restarts:
-            shared = self._overlay
-            shared.root = self.root if self._set.weigh else tree.removed(shared.root, path, edges, keep, siblings)
-            self.root = shared.root
             self.rounds.append(self.root.alive)
 
     def retract(self, length: int, why: str, late: int = 0) -> Retract:

@@ -14,13 +14,13 @@ import numpy as np
 from genlm_backend import sampling
 from genlm_backend.backtracking import overlay as tree
 from genlm_backend.backtracking.cursor import WRITTEN, Cursor, Drawn, Path, objects
-from genlm_backend.backtracking.distribution import Distribution, alive_scores
+from genlm_backend.backtracking.distribution import Distribution
 from genlm_backend.backtracking.events import End, Event, Forced, Retract, Token
 from genlm_backend.backtracking.proposal import Proposal
 from genlm_backend.backtracking.rules import KEEP, BoolRow, Halt, Keep, Owned, Prompt, Splice, Step, Undo, Verdict
 from genlm_backend.backtracking.settings import Settings
 from genlm_backend.backtracking.writing import write
-from genlm_backend.errors import WalkExhausted
+from genlm_backend.errors import RuleRefused, WalkExhausted
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,7 @@ class Loop:
 
     async def _stepped(self) -> list[Event]:
         path = self.cursor.path
-        if not self._accepts_all and self._set.budget.is_spent(
-            self.cursor.n_undos, self.proposal.n_draws, self.proposal.n_reached
-        ):
-            raise _Exhausted("budget")
+        self._check_budget()
         if len(path.ids) >= self._set.max_new_tokens:
             self._pending.clear()
             return await self._applied(self._effective(self._set.rule.end(path.states[-1])), ended="length")
@@ -101,23 +98,42 @@ class Loop:
             self._log_masses.append(drawn.log_mass)
         return await self._appended(drawn)
 
+    def _check_budget(self) -> None:
+        n_undos, proposal = self.cursor.n_undos, self.proposal
+        if not self._accepts_all and self._set.budget.is_spent(n_undos, proposal.n_draws, proposal.n_reached):
+            raise _Exhausted("budget")
+
     async def _appended(self, drawn: Drawn) -> list[Event]:
         """Put a token that was drawn on the path, and do what the rules say."""
-        path = self.cursor.path
         self.last = drawn.dist
-        state, verdict = await _answer(self._set.rule.step(path.states[-1], self._step(drawn, path.ids)))
-        path.append(drawn.token_id, state, self.proposal.name(path.names[-1], drawn.token_id), drawn)
-        verdict = self._effective(verdict)
+        verdict, ended = await self._judged(drawn)
         if self._set.weighs_tokens and not objects(verdict):
-            path.log_masses[-1] = await self._log_mass_by_second_draw()
+            log_mass = await self._log_mass_by_second_draw()
+            self.cursor.path.log_masses[-1] = log_mass
         if not objects(verdict):
             self._log_masses.clear()
         piece = self._set.llm.byte_vocab[drawn.token_id].byte_string
-        ended = "eos" if drawn.token_id in self._set.eos else ""
         if isinstance(verdict, Keep):
             self.cursor.keep(verdict.hold)
         told: list[Event] = [Token(drawn.token_id, piece, drawn.logprob, drawn.log_q, self.cursor.n_final)]
         return told + await self._applied(verdict, ended)
+
+    async def _judged(self, drawn: Drawn) -> tuple[Verdict, str]:
+        """Put a token that was drawn on the path; the effective verdict on it, and why the text ends if it is kept.
+
+        Where tokens have weights, one that leaves no room for another is asked at once whether the text may end: its
+        weight is known when it is kept.
+        """
+        path, rule = self.cursor.path, self._set.rule
+        state, verdict = await _answer(rule.step(path.states[-1], self._step(drawn, path.ids)))
+        path.append(drawn.token_id, state, self.proposal.name(path.names[-1], drawn.token_id), drawn)
+        verdict = self._effective(verdict)
+        if drawn.token_id in self._set.eos:
+            return verdict, "eos"
+        if not self._set.weighs_tokens or not isinstance(verdict, Keep) or len(path.ids) < self._set.max_new_tokens:
+            return verdict, ""
+        at_end = self._effective(rule.end(state))
+        return verdict if isinstance(at_end, Keep) else at_end, "length"
 
     async def _forced(self, token_id: int) -> list[Event]:
         """Put a token of a splice on the path. A rule may object; then the rest of the splice is not written."""
@@ -153,18 +169,21 @@ class Loop:
 
     async def _undone(self, undo: Undo) -> list[Event]:
         n_tokens = len(self.cursor.path.ids)
-        fault = n_tokens - undo.late
-        if undo.keep < 1:
-            siblings = None
-            if undo.siblings is not None and undo.keep == 0:
-                siblings = await self._siblings(undo.siblings, fault)
-            self.cursor.remove(fault, undo.keep, siblings)
+        await self._remove(undo)
         return [self._retract(0 if self._set.restarts else n_tokens - undo.n, undo.why, undo.late)]
+
+    async def _remove(self, undo: Undo) -> None:
+        fault = len(self.cursor.path.ids) - undo.late
+        siblings = None
+        if undo.siblings is not None and undo.keep == 0:
+            siblings = await self._siblings(undo.siblings, fault)
+        self.cursor.remove(fault, undo.keep, siblings)
 
     def _climbed(self) -> list[Event]:
         """Nothing can be drawn at the cursor: lift its filters, or give the prefix up."""
         cursor, restarts = self.cursor, self._set.restarts
         if cursor.is_at_floor and not restarts and self.proposal.widen(cursor.path.names[-1]):
+            self._log_masses.clear()
             return []
         if cursor.is_at_floor or self._set.mode == "none" or self._set.weighs_tokens:
             raise _Exhausted("dead end")
@@ -256,32 +275,59 @@ class Loop:
 
     async def _log_mass_by_second_draw(self) -> float:
         """Log of an unbiased estimate of the mass of the tokens that the rules accept; see the top of `walk`."""
-        cursor, rule = self.cursor, self._set.rule
-        n_tokens = len(cursor.path.ids)
-        before = cursor.path.prefix(n_tokens - 1)
-        while not rule.masks_all:
-            drawn = await self.proposal.drawn(before, cursor.node(n_tokens - 1), self._is_masked)
-            assert isinstance(drawn, Drawn), "the accepted token is still there"
-            _, verdict = await _answer(rule.step(before.state, self._step(drawn, before.ids)))
-            if not (isinstance(verdict, Undo) and verdict.keep == 0):
-                break
-            cursor.remove(n_tokens, 0.0, last=drawn)
-            mask = rule.allowed(before.state) if rule.masks else None
-            dist = await self.proposal.distribution(before)
-            _, log_mass = alive_scores(dist, cursor.node(n_tokens - 1), mask)
-            self._log_masses.append(log_mass)
+        has_room = len(self.cursor.path.ids) < self._set.max_new_tokens
+        if not (self._set.rule.masks_all and has_room):  # of the end, which is asked without room, no mask tells
+            accepted = self.cursor.path.copy()
+            try:
+                await self._accepted_again()
+            finally:
+                self.cursor.path = accepted
         lowest = min(self._log_masses)  # masses themselves may be too small for a float
         return lowest - math.log(sum(math.exp(lowest - log_mass) for log_mass in self._log_masses))
+
+    async def _accepted_again(self) -> None:
+        """Draw in the place of the last token, as it was drawn itself, until a second one is accepted."""
+        cursor = self.cursor
+        n_before = len(cursor.path.ids) - 1
+        cursor.path.cut(n_before)
+        self._log_masses.pop()  # the next draw has the same
+        while True:
+            self._check_budget()
+            drawn = await self.proposal.drawn(cursor.path.end, cursor.node(), self._is_masked)
+            if drawn is None:
+                raise _Exhausted("dead end")
+            assert isinstance(drawn, Drawn), "no rule chooses where tokens have weights"
+            self._log_masses.append(drawn.log_mass)
+            verdict, _ = await self._judged(drawn)
+            if not isinstance(verdict, Undo):
+                return
+            await self._remove(verdict)
+            cursor.retract(n_before, verdict.why)
 
     # ---- for these
 
     def _effective(self, verdict: Verdict) -> Verdict:
-        """The verdict after what can overrule it."""
+        """The verdict after what can overrule it.
+
+        Raises:
+            RuleRefused: The weight that was asked for cannot be had with it.
+        """
         if not self._accepts_all:
-            return self.cursor.effective(verdict, self._coin)
+            verdict = self.cursor.effective(verdict, self._coin)
+            if self._set.weigh:
+                self._check_weighable(verdict)
+            return verdict
         while isinstance(verdict, Undo):
             verdict = verdict.otherwise
         return KEEP if isinstance(verdict, Splice) else verdict
+
+    def _check_weighable(self, verdict: Verdict) -> None:
+        is_late = self._set.weighs_tokens and isinstance(verdict, Undo) and verdict.late > 0
+        if is_late or isinstance(verdict, Splice):
+            names = self._set.rule.names(lambda member: member.forbids)
+            why = "an objection to tokens before the last one: they have their weights; use mode='exact'"
+            why = why if is_late else "text that was written has no weight"
+            raise RuleRefused(names, f"weigh=True in mode {self._set.mode!r}", why)
 
     @property
     def _is_masked(self) -> bool:

@@ -77,6 +77,8 @@ class Settings:
         only_forbids = not (rule.chooses or rule.is_procedure)
         if self.weigh and (self.mode not in ("exact", "mask") or self.filters.is_greedy or not only_forbids):
             raise InvalidQuery("weigh=True is for modes 'exact' and 'mask', with draws, and rules that only forbid")
+        if self.weigh and self.when_exhausted == "accept":
+            raise InvalidQuery("weigh=True does not go with when_exhausted='accept': what is then kept has no weight")
         if self.mode == "exact" and rule.is_procedure:
             names = rule.names(lambda member: member.is_procedure)
             why = "it writes or reshapes text, which is no condition; use mode='local'"

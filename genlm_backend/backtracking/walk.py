@@ -26,10 +26,11 @@ splices give no such guarantee; `Budget` bounds them, and everything else too. W
 is removed although filters left some tokens out, those come back for that one draw (not in mode `exact`).
 
 Importance weights. `outcome.log_weight` w makes E[exp(w) f(text)] = sum over texts in C of p(text) f(text), with p the
-model itself: a proper weight, so that a walk can be the proposal of a particle. It is there without rules; in modes
-`exact` and `mask` with `weigh=True`, which goes on after the accepted text (or token) until a second one is accepted.
-If b_0 ... b_m are the masses left when 0 ... m objections had been made, 1 / (1/b_0 + ... + 1/b_m) is an unbiased
-estimate of the mass of C, independent of the text (derived in docs/backtracking/modes.md). Elsewhere it is None.
+model itself: a proper weight, so that a walk can be the proposal of a particle. Texts that top-k, top-p or min-p leave
+out are missing from the sum; one with penalties counts with the product of their shares. It is there without rules; in
+modes `exact` and `mask` with `weigh=True`, which goes on after the accepted text (or token) until a second one is
+accepted. If b_0 ... b_m are the masses left after 0 ... m objections, 1 / (1/b_0 + ... + 1/b_m) is an unbiased
+estimate of the mass of C, independent of the text (docs/backtracking/modes.md derives it). Elsewhere it is None.
 """
 
 from __future__ import annotations
@@ -110,12 +111,13 @@ def walk(
         eos: Tokens that end the text; None takes the tokenizer's.
         budget: What may be spent; None is `Budget()`.
         when_exhausted: With the budget spent, or nothing left to draw: "stop" ends with the longest text that the rules
-            accepted; "raise" raises; "accept" goes on without hearing objections.
+            accepted; "raise" raises; "accept" goes on without hearing objections (not with `weigh`).
         mode: What is sampled; see the top of this file.
         seed: Equal seeds give equal texts, whatever else runs; None takes a fresh one.
         lineage: Tells walks with one seed apart.
         overlay: Shared with other walks, in mode `exact`; None has its own.
-        weigh: Estimate an importance weight, in modes `exact` and `mask`.
+        weigh: Estimate an importance weight, in modes `exact` and `mask`; see the top of this file. In `mask`, rules
+            must object at the token that is at fault.
         hold: Most tokens that may be taken back at any time: a reader waits for no more, and rollbacks end there. None
             is as many as the rules can reach, one rollback after another; that is all of them for most rules that take
             back more than one token, and the length of the partial match for phrases.
@@ -133,7 +135,7 @@ def walk(
     Raises:
         InvalidQuery: An argument is out of its range.
         RuleRefused: A rule is a procedure, which mode `exact` cannot condition on; while it runs, a rule looks at
-            logits and the model does not tell them.
+            logits and the model does not tell them, or with `weigh` it writes, or objects too late in mode `mask`.
         EmptyPrompt, TokenIdError, ContextTooLong: While it runs; see `AsyncLM`.
         WalkExhausted: While it runs, with `when_exhausted="raise"`.
     """

@@ -14,15 +14,18 @@ from genlm_backend.backtracking import (
     KEEP,
     Budget,
     End,
+    EntropyThreshold,
     Forced,
     Halt,
     Overlay,
     Replace,
     Retract,
     Rule,
+    Splice,
     Token,
     Undo,
     all_of,
+    operator_rule,
     phrases,
     rule,
     walk,
@@ -232,6 +235,29 @@ async def test_a_chosen_token_has_a_probability_under_the_model_and_was_drawn_fr
     assert all(e.logprob == pytest.approx(math.log(0.25)) and math.isnan(e.log_q) for e in told)
 
 
+async def test_a_weight_that_cannot_be_had_is_refused_by_the_name_of_the_rule():
+    async with speaker(VOCAB, chooser(otherwise={"a": 0.5, "b": 0.5})) as llm:
+
+        def weighed(rules, mode):
+            return walk(llm, [0], rules, mode=mode, weigh=True, max_new_tokens=2, eos=(), seed=0)
+
+        late = operator_rule(EntropyThreshold(0.0))
+        with pytest.raises(RuleRefused, match=r"EntropyThreshold cannot be used with weigh=True in mode 'mask'"):
+            await weighed(late, "mask")
+        writer = rule(lambda s: Splice(1, token_ids=(1,)))
+        for mode in ("exact", "mask"):
+            with pytest.raises(RuleRefused, match="no weight"):
+                await weighed(writer, mode)
+
+
+def test_the_budget_bounds_what_only_weighs():
+    others = [(v,) for v in range(1, 20)]
+    one_of_twenty = toy.Toy([[0.05] * 20] * 20, 1, others)
+    outcomes = one_of_twenty.walks("mask", 60, weigh=True, budget=Budget(draws=5))
+    assert max(o.n_draws for o in outcomes) == 6, "the one that is above the bound, and none after it"
+    assert any(o.token_ids == [0] and o.log_weight is None for o in outcomes)
+
+
 async def test_every_prefix_is_asked_once_and_counted():
     outcome = await said(phrases("b", words=False), likely={"otherwise": {"a": 0.5, "b": 0.5}}, top_k=2)
     assert outcome.n_undos > 0
@@ -265,6 +291,7 @@ async def test_cancelling_a_walk_leaves_nothing_in_the_engine():
         {"max_new_tokens": -1},
         {"when_exhausted": "nonsense"},
         {"weigh": True},
+        {"weigh": True, "mode": "exact", "when_exhausted": "accept"},
         {"overlay": Overlay()},
     ],
 )
