@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from genlm_backend.backtracking import walk
+from genlm_backend.backtracking.distribution import Filters
 from genlm_backend.errors import InvalidProgram
 from genlm_backend.llm.base import AsyncLM
 from genlm_backend.smc.proposals import Proposal, Proposed
@@ -29,10 +30,11 @@ class WalkProposal(Proposal):
         rules: As for `walk`.
         max_new_tokens: Most tokens of the piece.
         mode: "exact" or "mask": the modes that have a weight.
-        options: For `walk`, such as `stop` or `temperature`.
+        options: For `walk`, such as `stop` or `temperature`; no filters, which leave texts out.
 
     Raises:
-        InvalidProgram: The mode has no weight.
+        InvalidProgram: The mode has no weight, or top-k, top-p or min-p leave out texts that the law has.
+        InvalidQuery: A filter is out of its range.
     """
 
     def __init__(
@@ -40,6 +42,9 @@ class WalkProposal(Proposal):
     ) -> None:
         if mode not in ("exact", "mask"):
             raise InvalidProgram(f"a walk in mode {mode!r} has no weight", "use mode 'exact' or 'mask'")
+        if Filters(1.0, *(options.get(name) for name in ("top_k", "top_p", "min_p"))).check().truncates:
+            why = "a walk with top_k, top_p or min_p never draws some of the model's texts, which no weight can mend"
+            raise InvalidProgram(why, "leave them out; a temperature below 1 also makes likely texts likelier")
         self.llm, self.rules = llm, rules
         self.options = {"max_new_tokens": max_new_tokens, "mode": mode, **options}
 

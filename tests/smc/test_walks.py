@@ -62,3 +62,11 @@ async def test_a_mode_without_a_weight_is_refused():
     async with fake_language_model(FakeEngine(3), n_vocab=3) as llm:
         with pytest.raises(InvalidProgram, match="has no weight"):
             WalkProposal(llm, mode="local")
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}])
+async def test_filters_that_leave_texts_out_are_refused(filters):
+    async with fake_language_model(FakeEngine(3), n_vocab=3) as llm:
+        with pytest.raises(InvalidProgram, match="never draws some of the model's texts"):
+            WalkProposal(llm, **filters)
+        WalkProposal(llm, **dict.fromkeys(filters), temperature=0.5)
