@@ -131,14 +131,14 @@ class Cursor:
             keep: 0 bans it; 1 leaves all.
             siblings: Also removed.
         """
+        restarts, weigh = self._set.restarts, self._set.weigh
         if keep < 1:
             path, edges = self.path.ids[self.n_final : length], self.path.edges[self.n_final : length]
-            self.root = tree.removed(self.root, path, edges, keep, siblings)
-            if self._set.restarts:
-                shared = self._overlay
-                shared.root = self.root if self._set.weigh else tree.removed(shared.root, path, edges, keep, siblings)
-                self.root = shared.root
-        if self._set.restarts:
+            root = self._overlay.root if restarts and not weigh else self.root
+            self.root = tree.removed(root, path, edges, keep, siblings)
+            if restarts:
+                self._overlay.root = self.root
+        if restarts:
             self.rounds.append(self.root.alive)
 
     def retract(self, length: int, why: str, late: int = 0) -> Retract:
@@ -167,11 +167,11 @@ class Cursor:
             return
         reach = self._set.rule.reach
         hold = max(hold, 0 if reach is None else reach - 1)
-            if self._best is not None and self._best.ids[self.n_final : final] != self.path.ids[self.n_final : final]:
-                self._best = None
         final = max(self.path.settle(hold), len(self.path.ids) - self._set.hold)
         if final > self.n_final:
             self.root = self.node(final)
+            if self._best is not None and self._best.ids[self.n_final : final] != self.path.ids[self.n_final : final]:
+                self._best = None
             self.n_final = final
 
     def to_best(self, objects: Callable[[Any], bool]) -> list[Event]:
@@ -197,6 +197,7 @@ class Cursor:
         n, late, keep, siblings = undo.n, undo.late, undo.keep, undo.siblings
         if self._set.mode == "first":
             late = max(late, min(n, n_free) - 1)
+            siblings = siblings if late == undo.late else None  # of another place
         elif self._set.mode == "mask":
             n = 1
         elif self._set.mode == "none":
@@ -205,20 +206,28 @@ class Cursor:
 
     def effective(self, verdict: Verdict, coin: Callable[[], float]) -> Verdict:
         """The verdict after what can overrule it: the prompt and final text, a penalty that was not exacted.
-            siblings = siblings if late == undo.late else None  # of another place
 
         Args:
             verdict: On the last token.
             coin: Gives a number in [0, 1), where a penalty is to be exacted or not.
         """
         while isinstance(verdict, Undo):
-            undo = self.in_mode(verdict)
+            undo = self._with_penalties(self.in_mode(verdict))
             fault = len(self.path.ids) - undo.late
             if fault > self.n_final and undo.n >= 1:
                 if not 0 < undo.keep < 1 or not (self.node(fault).settled or coin() < undo.keep):
                     return undo
-            verdict = verdict.otherwise
+            verdict = undo.otherwise
         return verdict
+
+    def _with_penalties(self, undo: Undo) -> Undo:
+        """A penalty together with those that come after it and are on the same prefix, which is settled only once."""
+        while 0 < undo.keep < 1 and isinstance(undo.otherwise, Undo):
+            also = self.in_mode(undo.otherwise)
+            if not 0 < also.keep < 1 or also.late != undo.late:
+                break
+            undo = undo._replace(keep=undo.keep * also.keep, otherwise=also.otherwise)
+        return undo
 
 
 def objects(verdict: Verdict) -> bool:

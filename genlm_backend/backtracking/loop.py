@@ -339,8 +339,7 @@ class Loop:
         chosen = np.asarray(siblings)
         mask[chosen if chosen.dtype == np.bool_ else chosen.astype(np.int64)] = True
         dist = await self.proposal.distribution(before)
-        node, token_id = self.cursor.node(fault - 1), self.cursor.path.ids[fault - 1]
-        return tree.Siblings(mask, tree.sibling_mass(node, mask, token_id, dist.token_ids, dist.probabilities))
+        return tree.Siblings(mask, dist.token_ids, dist.probabilities)
 
     def _step(self, drawn: Drawn, before: Sequence[int]) -> Step:
         token = self._set.llm.byte_vocab[drawn.token_id]

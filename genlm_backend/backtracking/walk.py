@@ -115,7 +115,7 @@ def walk(
         mode: What is sampled; see the top of this file.
         seed: Equal seeds give equal texts, whatever else runs; None takes a fresh one.
         lineage: Tells walks with one seed apart.
-        overlay: Shared with other walks, in mode `exact`; None has its own.
+        overlay: Shared with other walks, in mode `exact`; None has its own. What they must have in common: `Overlay`.
         weigh: Estimate an importance weight, in modes `exact` and `mask`; see the top of this file. In `mask`, rules
             must object at the token that is at fault.
         hold: Most tokens that may be taken back at any time: a reader waits for no more, and rollbacks end there. None
@@ -289,13 +289,13 @@ class Walk:
         self._events += told
 
 
-def _prompt_ids(llm: AsyncLM, prompt: str | Sequence[int]) -> Sequence[int]:
-    if not isinstance(prompt, str):
 def _sum(values: Sequence[float]) -> float | None:
     total = math.fsum(values)
     return None if math.isnan(total) else total
 
 
+def _prompt_ids(llm: AsyncLM, prompt: str | Sequence[int]) -> Sequence[int]:
+    if not isinstance(prompt, str):
         return checked_ids(prompt, len(llm.byte_vocab), None)
     return checked_ids(llm.tokenizer.encode(prompt), len(llm.byte_vocab), None)
 
