@@ -16,7 +16,7 @@ WHEN_EXHAUSTED = ("stop", "raise", "accept")
 
 
 class Budget(NamedTuple):
-    """What a walk may spend; None is without bound.
+    """What a walk may spend; None is without bound. It ends when a number is above its bound: that is by one, at most.
 
     Attributes:
         undos: Times that tokens are taken back.
