@@ -9,14 +9,23 @@ from genlm_backend.backtracking.rules import Halt, Keep, Prompt, Rule, Step, Ver
 
 
 class Tail(NamedTuple):
-    """The last bytes of the text, and how many bytes each token added that may still belong to a stop string."""
+    """The end of what is searched.
+
+    Attributes:
+        text: Its last bytes, with the names of special tokens.
+        lengths: How many bytes each token added that may still belong to a stop string.
+        shown: For each byte of `text`, 1 if it is in the text of the walk, 0 if it is of a name.
+    """
 
     text: bytes
     lengths: tuple[int, ...] = ()
+    shown: bytes = b""
 
 
 class StopStrings(Rule[Tail]):
     """Halts where one of some strings is complete; the string and what follows it in the token are cut off.
+
+    The names of special tokens are searched too, though they are not in the text: nothing is cut off for them.
 
     Args:
         strings: Not empty. Matched as bytes, in the new text only.
@@ -44,11 +53,13 @@ class StopStrings(Rule[Tail]):
             return state, Keep()
         text = state.text + step.piece
         starts = [start for start in (text.find(string) for string in self.strings) if start >= 0]
+        shown = state.shown + bytes([not step.is_special]) * len(step.piece)
         if starts:
-            return state, Halt("stop", len(text) - min(starts))
-        text = text[-(self._longest - 1) :] if self._longest > 1 else b""
+            return state, Halt("stop", sum(shown[min(starts) :]))
+        n_kept = min(len(text), self._longest - 1)
+        text, shown = text[len(text) - n_kept :], shown[len(text) - n_kept :]
         lengths = (*state.lengths, len(step.piece))[-self._longest :]
-        return Tail(text, lengths), Keep(_n_tokens(lengths, self._partial(text)))
+        return Tail(text, lengths, shown), Keep(_n_tokens(lengths, self._partial(text)))
 
     def _partial(self, text: bytes) -> int:
         """Length of the longest end of `text` that begins a string."""

@@ -107,7 +107,7 @@ def walk(
         top_k: Draws among so many best tokens; 1 is greedy like temperature 0; None or 0 is all.
         top_p: Draws among the fewest best tokens that reach this mass.
         min_p: Draws among tokens at least so many times as probable as the best.
-        stop: Strings before which the text ends.
+        stop: Strings before which the text ends; also in the names of special tokens.
         eos: Tokens that end the text; None takes the tokenizer's.
         budget: What may be spent; None is `Budget()`.
         when_exhausted: With the budget spent, or nothing left to draw: "stop" ends with the longest text that the rules
@@ -275,8 +275,7 @@ class Walk:
         written = b""
         async for event in self:
             cut = event.cut if isinstance(event, End) else 0
-            final = bytes_of(self._set.llm, self._loop.cursor.path.ids[: event.n_final], self._set.eos)
-            final = final[: len(final) - cut]
+            final = bytes_of(self._set.llm, self._loop.cursor.path.ids[: event.n_final], self._set.eos, cut)
             whole = len(final) if isinstance(event, End) else whole_characters(final)
             if whole > len(written):
                 piece, written = final[len(written) : whole], final[:whole]

@@ -10,16 +10,16 @@ from genlm_backend.llm.base import AsyncLM
 _SPELLINGS: weakref.WeakKeyDictionary[AsyncLM, dict[bytes, int]] = weakref.WeakKeyDictionary()
 
 
-def bytes_of(llm: AsyncLM, token_ids: Sequence[int], eos: Collection[int] = ()) -> bytes:
-    """The bytes of the text of some tokens; those that are no text have none."""
+def bytes_of(llm: AsyncLM, token_ids: Sequence[int], eos: Collection[int] = (), cut: int = 0) -> bytes:
+    """The bytes of the text of some tokens without its last `cut`; those that are no text have none."""
     vocab = llm.byte_vocab
-    return b"".join([vocab[i].byte_string for i in token_ids if i not in eos and not vocab[i].is_special])
+    text = b"".join([vocab[i].byte_string for i in token_ids if i not in eos and not vocab[i].is_special])
+    return text[: max(0, len(text) - cut)]
 
 
 def text_of(llm: AsyncLM, token_ids: Sequence[int], eos: Collection[int] = (), cut: int = 0) -> str:
     """The text of some tokens without its last `cut` bytes; bytes that are no UTF-8 are written as U+FFFD."""
-    text = bytes_of(llm, token_ids, eos)
-    return text[: len(text) - cut].decode("utf-8", "replace")
+    return bytes_of(llm, token_ids, eos, cut).decode("utf-8", "replace")
 
 
 def whole_characters(text: bytes) -> int:

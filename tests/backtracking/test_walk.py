@@ -96,6 +96,36 @@ async def test_a_stop_string_that_begins_a_banned_phrase_still_stops():
     assert (outcome.text, outcome.reason) == ("a", "stop")
 
 
+NAMES = [b"<p>", b"hello", b" world", b"<|end|>", b"<eos>", b"."]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("<|end|>", "hello world"),
+        ("end", "hello world"),
+        ("orld<|end|>", "hello w"),
+        ("<|end|>.", "hello world"),
+        ("world<|end|>.", "hello "),
+        (["ld<|end|>.", "<|end|>."], "hello wor"),
+    ],
+)
+async def test_a_stop_string_in_the_name_of_a_special_token_cuts_only_what_is_text(stop, text):
+    likely = {"otherwise": {"hello": 1.0}, "hello": {" world": 1.0}, "world": {"<|end|>": 1.0}, "<|end|>": {".": 1.0}}
+    async with speaker(NAMES, chooser(**likely), [b"<|end|>"]) as llm:
+        outcome = await walk(llm, [0], stop=stop, eos=[4], seed=0)
+        assert (outcome.text, outcome.reason) == (text, "stop")
+        assert "".join([piece async for piece in walk(llm, [0], stop=stop, eos=[4], seed=0).text()]) == text
+
+
+async def test_a_halt_that_cuts_off_more_than_there_is_leaves_nothing():
+    async with speaker(VOCAB, chooser(otherwise={" stop": 1.0})) as llm:
+        for cut in (5, 6, 9, 99):
+            halt = rule(lambda s, cut=cut: Halt("enough", cut))
+            assert (await walk(llm, [0], halt, eos=[5], seed=0)).text == ""
+            assert [piece async for piece in walk(llm, [0], halt, eos=[5], seed=0).text()] == []
+
+
 async def test_of_a_ban_and_a_stop_in_one_token_the_first_in_the_text_counts():
     likely = {"otherwise": {"b stop": 0.9, "a": 0.1}, "a": {"<eos>": 1.0}}
     outcome = await said(phrases("b"), stop="stop", likely=likely)
