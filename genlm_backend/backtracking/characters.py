@@ -11,7 +11,8 @@ class Characters(NamedTuple):
     Attributes:
         tail: Its last characters.
         partial: Bytes of a character that is not complete.
-        tokens: How many characters began in each token, newest first, as nested pairs (n, older).
+        tokens: How many characters began in each token, newest first, as nested pairs (n, older); what is no text
+            takes one off that it left partial.
     """
 
     tail: str = ""
@@ -34,8 +35,8 @@ class Characters(NamedTuple):
         return Characters(tail, partial, (n_begun, self.tokens)), new
 
     def broken(self) -> Characters:
-        """The text after something that is no text: nothing continues across it."""
-        return Characters("", b"", (0, self.tokens))
+        """The text after something that is no text: nothing continues across it, nor is a partial character one."""
+        return Characters("", b"", (-bool(self.partial), self.tokens))
 
     def n_tokens(self, n_characters: int) -> int:
         """In how many of the last tokens so many last characters began, a partial one besides; at most in all."""
@@ -62,6 +63,17 @@ def decoded(data: bytes) -> tuple[str, bytes]:
                 return data[:-n].decode("utf-8", "replace"), data[-n:]
             break
     return data.decode("utf-8", "replace"), b""
+
+
+def n_bytes_of(data: bytes, n_characters: int, fold: bool) -> int:
+    """How many of the first bytes of some UTF-8 are so many characters, with `fold` those of the text without case."""
+    n = 0
+    while n < len(data):
+        text, _ = decoded(data[:n])
+        if len(text.casefold() if fold else text) >= n_characters:
+            break
+        n += 1
+    return n
 
 
 def is_word(character: str) -> bool:

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from genlm_backend.backtracking.automaton import Automaton
-from genlm_backend.backtracking.characters import Characters, is_word
+from genlm_backend.backtracking.characters import Characters, is_word, n_bytes_of
 from genlm_backend.backtracking.rules import KEEP, BoolRow, Keep, Prompt, Rule, Step, Undo, Verdict
 from genlm_backend.tokenization import Token
 
@@ -26,7 +26,7 @@ _ENDS: dict[int, tuple[Sequence[Token], BoolRow]] = {}  # by identity; the vocab
 
 
 class Found(NamedTuple):
-    """An occurrence: it began so many characters before the end of the text, `n_after` of which come after it."""
+    """An occurrence: it began so many characters before the end of the text, of whose bytes `n_after` come after it."""
 
     n_back: int
     n_after: int
@@ -93,12 +93,12 @@ class Search:
         if state.n_left_out > 0:
             return Searched(state.characters.broken(), n_left_out=state.n_left_out - 1), []
         if step.is_end or (step.is_special and not self._is_text(step.piece)):
-            return Searched(state.characters.broken()), self._at_edge(state, 0)
+            return Searched(state.characters.broken()), self._at_edge(state)
         return self._read(state, step.piece)
 
     def at_end(self, state: Searched) -> list[Found]:
         """What is found if the text ends here."""
-        return self._at_edge(state, 0)
+        return self._at_edge(state)
 
     def hold(self, state: Searched) -> int:
         """How many of the last tokens an occurrence may have that is not complete."""
@@ -108,11 +108,11 @@ class Search:
         characters, new = state.characters.extended(piece, self.longest + 1 + self.n_more, self.fold)
         found: list[Found] = []
         at, pending = state.at, state.pending
-        before = state.characters.tail
+        before, data = state.characters.tail, state.characters.partial + piece
         for i, character in enumerate(new):
             if pending:
                 if not is_word(character):
-                    found += [self._found(before + new[:i], n, len(new) - i) for n in pending]
+                    found += [self._found(before, new, i, length, data) for length in pending]
                 pending = ()
             at = self._automaton.step(at, character)
             for length in self._automaton.lengths[at]:
@@ -122,15 +122,18 @@ class Search:
                 if self.words and is_word(character):
                     pending = (*pending, length)
                 else:
-                    found.append(self._found(text, length, len(new) - i - 1))
+                    found.append(self._found(before, new, i + 1, length, data))
         return Searched(characters, at, pending), found
 
-    def _at_edge(self, state: Searched, n_after: int) -> list[Found]:
-        return [self._found(state.characters.tail, length, n_after) for length in state.pending]
+    def _at_edge(self, state: Searched) -> list[Found]:
+        tail, partial = state.characters.tail, state.characters.partial
+        return [self._found(tail, "", 0, length, partial) for length in state.pending]
 
-    def _found(self, text: str, length: int, n_after: int) -> Found:
-        phrase = text[-length:]
-        return Found(length + n_after, n_after, self.keeps[phrase], phrase)
+    def _found(self, before: str, new: str, n_new: int, length: int, data: bytes) -> Found:
+        """What ends with the first `n_new` of the characters `new`, which came with the bytes `data`."""
+        phrase = (before + new[:n_new])[-length:]
+        n_after = len(data) - n_bytes_of(data, n_new, self.fold)
+        return Found(length + len(new) - n_new, n_after, self.keeps[phrase], phrase)
 
     def _begins_at_edge(self, text: str, length: int) -> bool:
         if not self.words or len(text) == length:
@@ -194,7 +197,7 @@ class Phrases(Rule[Searched]):
         new, found = self.search.step(state, step)
         if not found:
             return new, Keep(self.search.hold(new))
-        undo = undo_of(found, new.characters, len(step.piece), Keep(self.search.hold(new)))
+        undo = undo_of(found, new.characters, Keep(self.search.hold(new)))
         is_edge = bool(state.pending) and not state.characters.partial and undo.keep == 0
         if is_edge and self._last(found).n_after == max(f.n_after for f in found):
             undo = undo._replace(siblings=ends_of_words(step.byte_vocab))
@@ -202,22 +205,21 @@ class Phrases(Rule[Searched]):
 
     def end(self, state: Searched) -> Verdict:
         found = self.search.at_end(state)
-        return undo_of(found, state.characters, 0, KEEP) if found else KEEP
+        return undo_of(found, state.characters, KEEP) if found else KEEP
 
     @staticmethod
     def _last(found: Sequence[Found]) -> Found:
         return max(found, key=lambda f: (f.keep == 0, f.n_back))
 
 
-def undo_of(found: Sequence[Found], characters: Characters, n_bytes: int, otherwise: Verdict) -> Undo:
+def undo_of(found: Sequence[Found], characters: Characters, otherwise: Verdict) -> Undo:
     """The verdict on a token with which phrases were found: the ban that reaches furthest back, else all penalties."""
     bans = [f for f in found if f.keep == 0]
     chosen = max(bans or found, key=lambda f: f.n_back)
     keep = 0.0 if bans else math.prod(f.keep for f in found)
     n = max(1, characters.n_tokens(chosen.n_back))
     why = f"{chosen.text!r}" if bans else f"{chosen.text!r} (kept with probability {keep:g})"
-    tail = n_bytes if chosen.n_after >= n_bytes else chosen.n_after
-    return Undo(n, keep=keep, why=why, tail=tail, otherwise=otherwise)
+    return Undo(n, keep=keep, why=why, tail=chosen.n_after, otherwise=otherwise)
 
 
 def ends_of_words(vocab: Sequence[Token]) -> BoolRow:

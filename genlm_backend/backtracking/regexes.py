@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import regex
 
-from genlm_backend.backtracking.characters import Characters
+from genlm_backend.backtracking.characters import Characters, n_bytes_of
 from genlm_backend.backtracking.phrases import Found, undo_of
 from genlm_backend.backtracking.rules import KEEP, Keep, Prompt, Rule, Step, Verdict
 
@@ -58,8 +58,9 @@ class Regexes(Rule[Seen]):
     def step(self, state: Seen, step: Step) -> tuple[Seen, Verdict]:
         if step.is_end or step.is_special:
             found = self._final(state)
-            return Seen(state.characters.broken()), self._verdict(found, state.characters.broken(), step)
+            return Seen(state.characters.broken()), self._verdict(found, state.characters.broken())
         characters, new = state.characters.extended(step.piece, self._window, fold=False)
+        data = state.characters.partial + step.piece
         found, pending = [], []
         for pattern in self._patterns:
             match = pattern.search(characters.tail)
@@ -69,22 +70,24 @@ class Regexes(Rule[Seen]):
             if match.end() == len(characters.tail) and self._may_be_void(pattern, characters.tail, match):
                 pending.append(length)
             else:
-                found.append(Found(length, len(characters.tail) - match.end(), self._keep, match.group()))
+                n_after = len(characters.tail) - match.end()
+                n_bytes_after = len(data) - n_bytes_of(data, len(new) - n_after, fold=False)
+                found.append(Found(length, n_bytes_after, self._keep, match.group()))
         seen = Seen(characters, tuple(pending))
         if found:
-            return seen, self._verdict(found, characters, step)
+            return seen, self._verdict(found, characters)
         return seen, Keep(self._hold(seen))
 
     def end(self, state: Seen) -> Verdict:
         found = self._final(state)
-        return undo_of(found, state.characters, 0, KEEP) if found else KEEP
+        return undo_of(found, state.characters, KEEP) if found else KEEP
 
     def _final(self, state: Seen) -> list[Found]:
-        tail = state.characters.tail
-        return [Found(length, 0, self._keep, tail[-length:]) for length in state.pending]
+        tail, n_after = state.characters.tail, len(state.characters.partial)
+        return [Found(length, n_after, self._keep, tail[-length:]) for length in state.pending]
 
-    def _verdict(self, found: list[Found], characters: Characters, step: Step) -> Verdict:
-        return undo_of(found, characters, len(step.piece), KEEP) if found else KEEP
+    def _verdict(self, found: list[Found], characters: Characters) -> Verdict:
+        return undo_of(found, characters, KEEP) if found else KEEP
 
     def _may_be_void(self, pattern: Any, text: str, match: Any) -> bool:
         """Whether the match depends on what follows it."""

@@ -79,6 +79,33 @@ def test_the_name_of_a_special_token_is_found_and_no_phrase_crosses_another():
     assert undos(phrases("end"), [b"<end>"], special=[b"<end>"]) == []
 
 
+def test_a_character_that_stays_partial_belongs_to_the_token_it_began_in():
+    pieces = [b"b", b"ad", b"\xe3", b"<end>"]
+    for rule in (phrases("bad"), regexes(r"\bbad\b")):
+        assert undos(rule, pieces, special=[b"<end>"]) == [(3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "tail"),
+    [
+        ([b"bad", "。".encode()], 3),
+        ([b"bad", "。".encode()[:1], "。".encode()[1:]], 3),
+        ([b"bad", b" \xe3"], 2),
+        ([b"bad", "!。".encode()], 4),
+        ([b"bad"], 0),
+        ([b"bad", b"\xe3"], 1),
+        ([b"bad", b"<end>"], 0),
+        ([b"bad", b"\xe3", b"<end>"], 1),
+        (["\u0130 bad。".encode()], 3),  # its small letter has a byte more
+        ([b"\xff bad \xff!"], 3),
+    ],
+)
+@pytest.mark.parametrize("rule", [phrases("bad"), regexes(r"\bbad\b")])
+def test_what_comes_after_a_fault_is_counted_in_bytes(rule, pieces, tail):
+    verdicts, end = fed(rule, pieces, special=[b"<end>"])
+    assert [verdict.tail for verdict in [*verdicts, end] if isinstance(verdict, Undo)] == [tail]
+
+
 def test_first_tokens_can_be_left_out():
     assert undos(phrases("a", words=False, skip_tokens=2), [b"a", b"a", b"a"]) == [(2, 1)]
 
@@ -168,6 +195,28 @@ async def test_a_walk_never_says_a_banned_phrase(mode):
         for seed in range(20):
             outcome = await walk(llm, [1], phrases("Rich Tapestry"), eos=[9], mode=mode, seed=seed, max_new_tokens=8)
             assert outcome.text == " rich cloth." and outcome.reason == "eos"
+
+
+LINES = [b"<p>", b"bad", "。".encode(), b"ok", b"\xe3", b"\x80\x82", b"<end>", b"<eos>"]
+
+
+@pytest.mark.parametrize("mode", ["exact", "local"])
+@pytest.mark.parametrize("rule", [phrases("bad"), regexes(r"\bbad\b")])
+@pytest.mark.parametrize(("stop", "tokens"), [("。", [2]), ("。", [4, 5]), ("<end>", [6])])
+async def test_what_is_banned_stays_banned_before_any_stop_string(stop, tokens, rule, mode):
+    """The stop takes more bytes than characters, lies in two tokens, or is no text at all."""
+    names = {LINES[i]: LINES[j] for i, j in itertools.pairwise(tokens)}
+
+    def says(text):
+        last = next((name for name in names if text.endswith(name)), None)
+        if last is not None:
+            return {names[last]: 1.0}
+        return {LINES[tokens[0]]: 1.0} if text.endswith((b"bad", b"ok")) else {b"bad": 0.9, b"ok": 0.1}
+
+    async with speaker(LINES, says, [b"<end>"]) as llm:
+        for seed in range(5):
+            outcome = await walk(llm, [0], rule, stop=stop, eos=[7], mode=mode, seed=seed, max_new_tokens=5)
+            assert (outcome.text, outcome.reason) == ("ok", "stop")
 
 
 async def test_mode_first_also_removes_what_is_innocent():
