@@ -8,6 +8,7 @@ import re
 import string
 
 import pytest
+import regex
 
 from genlm_backend.backtracking import Keep, Prompt, Retract, Step, Undo, phrases, regexes, walk
 from genlm_backend.backtracking.automaton import Automaton
@@ -166,6 +167,37 @@ def test_expressions_hold_back_a_partial_match_and_refuse_the_empty_one():
         regexes("(")
 
 
+def test_a_match_that_stays_hides_no_other_match_nor_what_is_held_back():
+    assert undos(regexes("bad"), [b" bad"], prompt=b"bad") == [(0, 1)]
+    assert undos(regexes("aba"), [b"ba"], prompt=b"aba") == [(0, 1)], "across the one of the prompt"
+    rule = regexes(r"bad|not bad at|\d{3}-\d{4}", keep=0.5)
+    verdicts, end = fed(rule, [b" bad", b" 55", b"5-1", b" bad", b" not", b" bad", b" at", b"."])
+    told = [(v.n, v.keep, v.otherwise) if isinstance(v, Undo) else v for v in [*verdicts, end]]
+    kept = [(1, 0.5, Keep(0)), Keep(1), Keep(2), (1, 0.5, Keep(0)), Keep(1), (1, 0.5, Keep(2)), (3, 0.5, Keep(0))]
+    assert told == [*kept, Keep(0), Keep(0)]
+    assert fed(rule, [b"5-"], prompt=b"bad 55")[0] == [Keep(1)]
+
+
+def test_each_match_is_judged_once_and_as_what_it_is():
+    verdicts, _ = fed(regexes("bad", keep=0.5), [b"bad bad", b" ", b"."])
+    assert [verdict.keep for verdict in verdicts if isinstance(verdict, Undo)] == [0.25]
+    verdicts, end = fed(regexes(r"[ab]+c\b", keep=0.5), [b"abc"])
+    assert isinstance(verdicts[0], Keep) and end.keep == 0.5 and end.n == 1
+    verdicts, end = fed(regexes(r"[ab]+c\b", keep=0.5), [b"abc", b".", b"."])
+    assert [verdict.keep for verdict in [*verdicts, end] if isinstance(verdict, Undo)] == [0.5]
+
+
+def test_what_one_expression_waits_for_is_nothing_to_another():
+    assert undos(regexes(["bad", r"\bSo\b"]), [b" So", b"me"], prompt=b"bad") == []
+    assert undos(regexes(["bad", r"\bSo\b"]), [b" So", b" me"], prompt=b"bad") == [(1, 2)]
+
+
+def test_an_expression_may_look_ahead_into_later_tokens():
+    assert undos(regexes("foo(?= bar)"), [b" foo", b" b", b"ar"]) == [(2, 3)]
+    for pieces in ([b" b", b"ar"], [b" bar"]):
+        assert undos(regexes("foo(?= bar)"), pieces, prompt=b"foo") == [], "wholly in the prompt: not ours"
+
+
 def test_ten_thousand_phrases_find_what_a_plain_search_finds():
     rng = random.Random(2)
     words = ["".join(rng.choices(string.ascii_lowercase[:6], k=rng.randint(2, 4))) for _ in range(400)]
@@ -217,6 +249,14 @@ async def test_what_is_banned_stays_banned_before_any_stop_string(stop, tokens, 
         for seed in range(5):
             outcome = await walk(llm, [0], rule, stop=stop, eos=[7], mode=mode, seed=seed, max_new_tokens=5)
             assert (outcome.text, outcome.reason) == ("ok", "stop")
+
+
+async def test_an_expression_that_matches_in_the_prompt_is_banned_after_it_too():
+    async with speaker(
+        [b"<p>", b"bad", b" bad", b" ok", b"<eos>"], chooser(otherwise={" bad": 0.9, " ok": 0.1})
+    ) as llm:
+        outcome = await walk(llm, [1], regexes("bad"), eos=[4], max_new_tokens=3)
+        assert outcome.text == " ok ok ok"
 
 
 async def test_mode_first_also_removes_what_is_innocent():
@@ -283,3 +323,18 @@ def test_random_bans_agree_with_a_plain_search():
         right = r"(?!\w)" if re.search(r"\w$", banned) else ""
         is_there = re.search(left + re.escape(banned) + right, text, re.IGNORECASE) is not None
         assert bool(undos(phrases(banned), pieces)) == is_there, (banned, pieces)
+
+
+def test_random_expressions_agree_with_a_search_of_the_whole_text():
+    """The reference sees the whole text; tokens are random cuts of it, after a prompt that may match too."""
+    rng = random.Random(3)
+    for _ in range(300):
+        text = "".join(rng.choices("ab .", k=rng.randint(2, 20)))
+        word = "".join(rng.choices("ab", k=rng.randint(1, 3)))
+        pattern = rng.choice(["", r"\b"]) + word + rng.choice(["", r"\b", "(?= )"])
+        n_prompt = rng.randrange(len(text))
+        cuts = sorted({n_prompt, len(text), *(rng.randrange(n_prompt, len(text)) for _ in range(8))})
+        pieces = [text[a:b].encode() for a, b in itertools.pairwise(cuts)]
+        is_there = any(match.end() > n_prompt for match in regex.finditer(pattern, text, overlapped=True))
+        told = undos(regexes(pattern), pieces, prompt=text[:n_prompt].encode())
+        assert bool(told) == is_there, (pattern, text[:n_prompt], pieces)
