@@ -33,11 +33,19 @@ _PREFIX = 64  # characters of the token in which a phrase begins that can be kep
 
 
 class Replacing(NamedTuple):
-    """Where the search is, how often it replaced, and the probabilities of tokens, newest first, as nested pairs."""
+    """Where the search is.
+
+    Attributes:
+        search: The end of the text.
+        n_replaced: How often it replaced.
+        probabilities: Of tokens, newest first, as nested pairs.
+        n_tokens: How many the text has; not after a replacement, in which nothing is found.
+    """
 
     search: Searched
     n_replaced: int = 0
     probabilities: tuple[float, Any] | None = None
+    n_tokens: int = 0
 
 
 class Replace(Rule[Replacing]):
@@ -80,36 +88,32 @@ class Replace(Rule[Replacing]):
     def step(self, state: Replacing, step: Step) -> tuple[Replacing, Verdict]:
         p = math.exp(step.log_q) if not math.isnan(step.log_q) else 1.0
         search, found = self._search.step(state.search, step)
-        new = Replacing(search, state.n_replaced, (p, state.probabilities))
-        n_tokens = len(step.path)
-        if found and state.n_replaced < self._max_replacements and n_tokens < self._before:
-            splice = self._splice(new, max(found, key=lambda f: f.n_back))
-            if splice is not None:
-                return new, splice
-        return new, Keep(self._search.hold(search))
+        new = Replacing(search, state.n_replaced, (p, state.probabilities), len(step.path))
+        tail = search.characters.tail or state.search.characters.tail  # after the end of the text it is empty
+        return new, self._splice(new, found, tail) or Keep(self._search.hold(search))
 
     def end(self, state: Replacing) -> Verdict:
-        found = self._search.at_end(state.search)
-        if found and state.n_replaced < self._max_replacements:
-            return self._splice(state, max(found, key=lambda f: f.n_back)) or Keep()
-        return Keep()
+        found, tail = self._search.at_end(state.search), state.search.characters.tail
+        return self._splice(state, found, tail) or Keep()
 
-    def _splice(self, state: Replacing, found: Found) -> Splice | None:
+    def _splice(self, state: Replacing, found: Sequence[Found], tail: str) -> Splice | None:
+        """What to write for that of what was found which reaches furthest back; `tail` are the last characters."""
+        if not found or state.n_replaced >= self._max_replacements or state.n_tokens >= self._before:
+            return None
+        furthest = max(found, key=lambda f: f.n_back)
         characters = state.search.characters
-        n = max(1, characters.n_tokens(found.n_back))
+        n = max(1, characters.n_tokens(furthest.n_back))
         if self._probability(state, n) > self._max_prob:
             return None
-        n_characters, chain = 0, characters.tokens
+        n_characters, chain = -bool(characters.partial), characters.tokens
         for _ in range(n):
             if chain is not None:
                 n_characters, chain = n_characters + chain[0], chain[1]
-        kept = (
-            characters.tail[-n_characters : len(characters.tail) - found.n_back] if n_characters > found.n_back else ""
-        )
+        kept = tail[-n_characters : len(tail) - furthest.n_back] if n_characters > furthest.n_back else ""
         if kept.endswith(" ") and self._replace.startswith(" "):
             kept = kept[:-1]
         after = Replacing(Searched(characters.broken()._replace(tokens=None)), state.n_replaced + 1)
-        why = f"{found.text!r} -> {self._replace!r}"
+        why = f"{furthest.text!r} -> {self._replace!r}"
         return Splice(n, (kept + self._replace).encode(), state=after, why=why)
 
     def _probability(self, state: Replacing, n_back: int) -> float:
