@@ -125,12 +125,23 @@ class Replace(Rule[Replacing]):
         return p
 
 
-class Creative(Rule[tuple[int, int] | None]):
+class Daring(NamedTuple):
+    """Where the walk may go back to.
+
+    Attributes:
+        eos: The tokens that end a text.
+        choice: The place and the alternative of the last unusual choice, if there is one to go back to.
+    """
+
+    eos: tuple[int, ...]
+    choice: tuple[int, int] | None = None
+
+
+class Creative(Rule[Daring]):
     """Never the obvious token, unless that leads to where everything is as good.
 
     The most probable token is never drawn. Where the distribution is flat, the last unusual choice was a bad one: the
-    walk goes back to it and takes the second most probable token there instead. The state is the place and the
-    alternative of that choice.
+    walk goes back to it and takes the second most probable token there instead.
 
     Args:
         top_p_flat: A distribution is flat if it takes at least ...
@@ -145,45 +156,42 @@ class Creative(Rule[tuple[int, int] | None]):
     def __init__(self, top_p_flat: float = 0.65, top_k_threshold_flat: int = 9, eos_penalty: float = 0.8) -> None:
         self._top_p, self._top_k = top_p_flat, top_k_threshold_flat
         self._log_penalty = math.log(eos_penalty) if eos_penalty > 0 else -math.inf
-        self._eos: list[int] = []
 
-    def init(self, prompt: Prompt) -> None:
-        self._eos = sorted(prompt.eos)
+    def init(self, prompt: Prompt) -> Daring:
+        return Daring(tuple(sorted(prompt.eos)))
 
-    def warp(self, state: tuple[int, int] | None, row: FloatRow) -> FloatRow:
+    def warp(self, state: Daring, row: FloatRow) -> FloatRow:
         best = int(np.argmax(row))
         row = row.copy()
-        if best not in self._eos:
+        if best not in state.eos:
             row[best] = -math.inf
         return row
 
-    def reweigh(self, state: tuple[int, int] | None, row: FloatRow) -> FloatRow:
+    def reweigh(self, state: Daring, row: FloatRow) -> FloatRow:
         row = row.copy()
-        row[self._eos] += self._log_penalty
+        row[list(state.eos)] += self._log_penalty
         return row
 
-    def step(self, state: tuple[int, int] | None, step: Step) -> tuple[tuple[int, int] | None, Verdict]:
+    def step(self, state: Daring, step: Step) -> tuple[Daring, Verdict]:
         dist = step.dist
         if dist is None or step.is_forced or dist.token_ids is None:
             return state, Keep()
         at, best = len(step.path) - 1, int(dist.token_ids[0])
         if step.token_id != best:
-            state = at, best
-        if not state or not self._is_flat(dist):
+            state = state._replace(choice=(at, best))
+        if state.choice is None or not self._is_flat(dist, state.eos):
             return state, Keep()
-        place, token_id = state
-        return None, Splice(len(step.path) - place, token_ids=(token_id,), state=_NOTHING_OPEN, why="a flat place")
+        place, token_id = state.choice
+        after = state._replace(choice=None)
+        return after, Splice(len(step.path) - place, token_ids=(token_id,), state=after, why="a flat place")
 
-    def _is_flat(self, dist: Distribution) -> bool:
+    def _is_flat(self, dist: Distribution, eos: Sequence[int]) -> bool:
         assert dist.token_ids is not None
         p = dist.probabilities.astype(np.float64)
         if self._log_penalty > -math.inf:
-            p = np.where(np.isin(dist.token_ids, self._eos), p / math.exp(self._log_penalty), p)
+            p = np.where(np.isin(dist.token_ids, eos), p / math.exp(self._log_penalty), p)
         masses = np.cumsum(np.sort(p / p.sum())[::-1])
         return int(np.searchsorted(masses, self._top_p)) + 1 >= self._top_k
-
-
-_NOTHING_OPEN = ()
 
 
 class AdaptiveTemperature(Rule[None]):

@@ -140,7 +140,7 @@ class RuleStrategy(BaseStrategy):
             provider: Any = getattr(self, "provider", None)
             self._pending = list(verdict.token_ids) or provider.encode(verdict.text.decode(), add_special_tokens=False)
             if verdict.state is not None:
-                self._states[-1] = None if verdict.state == () else verdict.state
+                self._states[-1] = verdict.state
         return kept
 
     def _begin(self, tokens: Sequence[int]) -> None:
