@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -386,16 +386,19 @@ class AllOf(Rule[tuple[Any, ...]]):
         return tuple(member.init(prompt) for member in self.rules)
 
     def step(self, state: tuple[Any, ...], step: Step) -> Any:
-        outcomes = self._outcomes(state, step)
-        if not all(type(outcome) is tuple for outcome in outcomes) and any(map(inspect.isawaitable, outcomes)):
-            return self._awaited(outcomes, len(step.piece))
-        return self._joined(outcomes, len(step.piece))
+        asked = iter(self._outcomes(state, step))
+        known: list[tuple[Any, Verdict]] = []
+        for outcome in asked:
+            if type(outcome) is not tuple and inspect.isawaitable(outcome):
+                return self._awaited(known, outcome, asked, len(step.piece))
+            known.append(outcome)
+        return self._joined(known, len(step.piece))
 
-    def _outcomes(self, state: tuple[Any, ...], step: Step) -> list[Any]:
-        """What each member says; one that writes the token is not asked, nor told."""
+    def _outcomes(self, state: tuple[Any, ...], step: Step) -> Iterable[Any]:
+        """What each member says, asked one by one; one that writes the token is not asked, nor told."""
         if not step.muted:
-            return [member.step(s, step) for member, s in zip(self.rules, state, strict=True)]
-        return [self._said(i, s, step) for i, s in enumerate(state)]
+            return (member.step(s, step) for member, s in zip(self.rules, state, strict=True))
+        return (self._said(i, s, step) for i, s in enumerate(state))
 
     def _said(self, i: int, state: Any, step: Step) -> Any:
         """What member i says; where in the composition the writer is reaches only the member that holds it."""
@@ -406,8 +409,13 @@ class AllOf(Rule[tuple[Any, ...]]):
             return state, KEEP
         return self.rules[i].step(state, step._replace(muted=tuple(inner) if place == i else ()))
 
-    async def _awaited(self, outcomes: list[Any], n_bytes: int) -> tuple[tuple[Any, ...], Verdict]:
-        known = [await outcome if inspect.isawaitable(outcome) else outcome for outcome in outcomes]
+    async def _awaited(
+        self, known: list[tuple[Any, Verdict]], outcome: Awaitable[Any], asked: Iterator[Any], n_bytes: int
+    ) -> tuple[tuple[Any, ...], Verdict]:
+        """Waits for one and then asks the next, so that an error leaves no coroutine behind."""
+        known.append(await outcome)
+        for said in asked:
+            known.append(await said if inspect.isawaitable(said) else said)
         return self._joined(known, n_bytes)
 
     def _joined(self, outcomes: list[tuple[Any, Verdict]], n_bytes: int) -> tuple[tuple[Any, ...], Verdict]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -150,6 +152,35 @@ async def test_an_async_judge_is_a_rule():
 
     outcome = await said([rule(judge), lambda step: None], likely={"otherwise": {"a": 0.9, "b": 0.1}})
     assert outcome.text == "bbbb" and outcome.n_undos > 0
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_a_judge_that_fails_or_is_cancelled_leaves_no_other_unasked(is_cancelled):
+    """Python warns of a coroutine that was made and never awaited."""
+    entered = asyncio.Event()
+
+    async def fails(step):
+        entered.set()
+        if is_cancelled:
+            await asyncio.Event().wait()
+        raise ZeroDivisionError
+
+    async def other(step):
+        return None
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        group = all_of(rule(fails), all_of(rule(other), rule(other)), rule(other))
+        async with speaker(VOCAB, chooser(otherwise={"a": 1.0})) as llm:
+            task = asyncio.ensure_future(walk(llm, [0], group, eos=[5]).finish())
+            await entered.wait()
+            if is_cancelled:
+                task.cancel()
+            with pytest.raises(asyncio.CancelledError if is_cancelled else ZeroDivisionError):
+                await task
+            del task
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 async def test_of_two_rules_on_one_token_the_one_that_reaches_further_counts():
