@@ -354,7 +354,7 @@ def as_verdict(outcome: Any, reach: int | None = None) -> Verdict:
             return outcome
         case None | False:
             return Keep(0 if reach is None else reach - 1)
-        case bool() | int() | np.integer():
+        case bool() | int() | np.integer() | np.bool_():
             n = int(outcome)
             return Undo(n) if n > 0 else Keep(0 if reach is None else reach - 1)
     raise TypeError(f"a rule gave {outcome!r}; expected a verdict, a number of tokens to take back, or None")

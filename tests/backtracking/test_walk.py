@@ -183,6 +183,12 @@ async def test_a_judge_that_fails_or_is_cancelled_leaves_no_other_unasked(is_can
     assert [str(warning.message) for warning in caught] == []
 
 
+@pytest.mark.parametrize("kind", [np.bool_, np.int64, bool, int])
+async def test_a_function_may_answer_with_numbers_of_numpy(kind):
+    outcome = await said(lambda s: kind(s.piece == b"a"), likely={"otherwise": {"a": 0.9, "b": 0.1}})
+    assert outcome.text == "bbbb" and outcome.n_undos > 0
+
+
 async def test_of_two_rules_on_one_token_the_one_that_reaches_further_counts():
     likely = {"otherwise": {"a": 0.5, "b": 0.5}}
     near, far = (
