@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -30,6 +31,8 @@ Ctrl-C         stop an answer; what has been said so far stays in the conversati
 
 STRATEGIES = ("antislop", "replace", "creative", "adaptive_temperature", "human", "debug")
 _ALIASES = {"anti_slop": "antislop", "creative_writing": "creative", "human_guidance": "human"}
+# Control characters but for tab and line feed, and what reverses the direction of the text around it.
+_ACTS_ON_TERMINALS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Asked(NamedTuple):
@@ -197,8 +200,7 @@ class Conversation:
     async def _tell(self, said: list[str]) -> None:
         async for piece in self._pieces():
             said.append(piece)
-            self._console.print(Text(piece), end="", soft_wrap=True)
-            self._console.file.flush()
+            write(piece)
             self._log.is_mid_line = self._is_terminal and not piece.endswith("\n")
 
     async def _pieces(self) -> AsyncIterator[str]:
@@ -222,6 +224,14 @@ def load(model: str, backend: str | None, device: str | None) -> Generator:
     from genlm_backend.backtracking import Generator
 
     return Generator(llm)
+
+
+def write(text: str) -> None:
+    """Write what a model wrote: as it is, but in a terminal with escapes in place of what would act on it."""
+    if sys.stdout.isatty():
+        text = _ACTS_ON_TERMINALS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def asked_by(

@@ -26,6 +26,7 @@ from genlm_backend.cli.chat import (
     asked_by,
     load,
     tell_rollbacks,
+    write,
 )
 from genlm_backend.cli.loading import check_output
 
@@ -137,7 +138,7 @@ def _line(prompt: str, outcome: Outcome) -> dict[str, Any]:
 
 
 def _tell(outcome: Outcome) -> None:
-    typer.echo(outcome.text)
+    write(outcome.text + "\n")
     Console(stderr=True).print(
         Text(
             f"{len(outcome.token_ids)} tokens, {outcome.n_draws} drawn, {outcome.n_undos} rollbacks, "

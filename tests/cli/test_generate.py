@@ -1,0 +1,38 @@
+"""`genlm-backend generate`: named errors, files of prompts, and texts that reach a pipe as they are."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+
+import pytest
+
+MOCK = ("--backend", "mock", "--seed", "1")
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_text_reaches_a_pipe_as_it_is(script, chatty, command):
+    def answer(*options):
+        arguments = ("chat", chatty) if command == "chat" else ("generate", chatty, "the river")
+        ended = script(*arguments, *MOCK, "--max-new-tokens", "20", *options, stdin=b"hello\n")
+        assert ended.code == 0, ended.err
+        return ended.out
+
+    written = "\t\r\x07\x08\x0b\x0c\x1b[1m"
+    [find, *_] = re.findall(r"(?a)\b[a-z_]+\b", answer())
+    assert written in answer("--replace", f"{find}={json.dumps(written)}")
+
+
+def test_a_terminal_gets_escapes_for_what_would_act_on_it(monkeypatch):
+    from genlm_backend.cli.chat import write
+
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Screen())
+    write("a\tb\n\u3000é\U0001f468\u200d\U0001f469 \x1b[1m\x07\x9b1m\r\u202e\n")
+    shown = "a\tb\n\u3000é\U0001f468\u200d\U0001f469 \\u001b[1m\\u0007\\u009b1m\\u000d\\u202e\n"
+    assert sys.stdout.getvalue() == shown
