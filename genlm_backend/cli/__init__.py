@@ -1,4 +1,4 @@
-"""The command `genlm-backend`: one file per subcommand; here what they share, how errors are told and how it ends.
+"""The command `genlm-backend`: one file per subcommand; here what they share, and how it ends.
 
 Exit codes: 0 done, 2 a wrong argument or an error of this package (one line on stderr), 130 interrupted.
 """
@@ -10,10 +10,10 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from genlm_backend import __version__
 from genlm_backend.cli import chat, generate, sis, smc, trie
+from genlm_backend.cli.loading import tell_error
 from genlm_backend.errors import GenlmError
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ def main() -> None:
     try:
         app()
     except GenlmError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        tell_error(error)
         sys.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""Loading a model for a command, and telling what is being done."""
+"""What commands share: arguments that are checked, loading a model, and telling what is being done or went wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 from rich.text import Text
+
+from genlm_backend.errors import GenlmError, RemoteCodeRefused, UnsafeWeights
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from genlm_backend.llm import AsyncLM
@@ -74,3 +76,11 @@ def status(console: Console, first: str) -> Iterator[Callable[[str], None]]:
         return
     with console.status(Text(f"{first} ...")) as spinner:
         yield lambda text: spinner.update(Text(f"{text} ..."))
+
+
+def tell_error(error: GenlmError) -> None:
+    """One line on stderr; where the remedy is an argument in Python, with what helps here."""
+    told = f"error: {error}"
+    if isinstance(error, UnsafeWeights | RemoteCodeRefused):
+        told += "; commands have no such option: load it in Python with load_model_by_name, or name another model here"
+    Console(stderr=True, soft_wrap=True).print(told, style="red", markup=False, highlight=False)
