@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
+from genlm_backend.cli.loading import check_text, tell_error
 from genlm_backend.cli.loading import load as load_model
 
 if TYPE_CHECKING:
@@ -56,14 +57,20 @@ Strategy = Annotated[
         "chain:A,B,... is several, of which the first in the list acts where several object to one token."
     ),
 ]
-Bans = Annotated[list[str] | None, typer.Option("--ban", help="A phrase that must not come; repeatable.")]
+Bans = Annotated[
+    list[str] | None, typer.Option("--ban", help="A phrase that must not come; repeatable.", callback=check_text)
+]
 Replacements = Annotated[
     list[str] | None,
     typer.Option(
         "--replace",
         help="Write TEXT where FIND comes; TEXT may be a JSON string; repeatable, the first goes first.",
         metavar="FIND=TEXT",
+        callback=check_text,
     ),
+]
+Stops = Annotated[
+    list[str] | None, typer.Option(help="A string before which a text ends; repeatable.", callback=check_text)
 ]
 Verbosity = Annotated[
     int, typer.Option("-v", count=True, help="Tell each rollback; twice: also what each text came to.")
@@ -81,8 +88,8 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw among so many best tokens; 0: all.")] = 50,
-    stop: Annotated[list[str] | None, typer.Option(help="A string before which an answer ends; repeatable.")] = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    stop: Stops = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.", callback=check_text)] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds and inputs give equal answers.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.", show_default="the best one here")] = None,
     backend: Annotated[str | None, typer.Option(help="hf, vllm or mock.", show_default="the best one here")] = None,

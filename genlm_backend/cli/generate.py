@@ -21,6 +21,7 @@ from genlm_backend.cli.chat import (
     Operator,
     OperatorArgs,
     Replacements,
+    Stops,
     Strategy,
     Verbosity,
     asked_by,
@@ -28,7 +29,8 @@ from genlm_backend.cli.chat import (
     tell_rollbacks,
     write,
 )
-from genlm_backend.cli.loading import check_output
+from genlm_backend.cli.loading import check_output, check_text, read_text
+from genlm_backend.errors import GenlmError
 
 if TYPE_CHECKING:
     from genlm_backend.backtracking import Generator, Outcome
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, typer.Argument(help="smollm2, a .gguf file, a local folder or a Hugging Face id.")],
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads it from the input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; - reads it from the input.", callback=check_text)
+    ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Prompts instead, a line each: text, or JSON with `prompt`.", exists=True)
     ] = None,
@@ -50,7 +54,7 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Most tokens of a text.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the best token.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw among so many best tokens; 0: all.")] = 50,
-    stop: Annotated[list[str] | None, typer.Option(help="A string before which a text ends; repeatable.")] = None,
+    stop: Stops = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal texts.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.", show_default="the best one here")] = None,
     backend: Annotated[str | None, typer.Option(help="hf, vllm or mock.", show_default="the best one here")] = None,
@@ -71,7 +75,7 @@ def command(
     check_output(trace, "--trace")
     tell_rollbacks(verbose)
     make = asked_by(operator, operator_arg or [], strategy, ban or [], replace or [])
-    prompts = _prompts(file) if file is not None else [sys.stdin.read() if prompt == "-" else prompt or ""]
+    prompts = _prompts(file) if file is not None else [_input() if prompt == "-" else prompt or ""]
     generator = load(model, backend, device)
     asked = make(generator.llm)
     options: dict[str, Any] = {
@@ -107,6 +111,15 @@ async def _all(
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
     return [task.result() for task in running]
+
+
+def _input() -> str:
+    try:
+        text: str = check_text(sys.stdin.read())
+    except typer.BadParameter as error:
+        error.param_hint = "PROMPT"
+        raise
+    return text
 
 
 def _prompts(file: Path) -> list[str]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,38 @@ from genlm_backend.errors import GenlmError, RemoteCodeRefused, UnsafeWeights
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from genlm_backend.llm import AsyncLM
+
+
+def check_text(value: Any) -> Any:
+    """The callback of arguments that are text: the argument itself.
+
+    Args:
+        value: A text, or a list of some; None is none.
+
+    Raises:
+        typer.BadParameter: Bytes that are no UTF-8, which Python hands on as surrogates, or an empty text in a list.
+    """
+    is_list = isinstance(value, list | tuple)
+    for text in value if is_list else [value or ""]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise typer.BadParameter("it has bytes that are no text in UTF-8") from error
+        if is_list and not text:
+            raise typer.BadParameter("a text is empty; expected at least one character")
+    return value
+
+
+def read_text(path: Path, option: str) -> str:
+    """The text of a file, without its byte order mark.
+
+    Raises:
+        typer.BadParameter: It is no text in UTF-8; names the option.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} is no text in UTF-8: {error.reason}", param_hint=option) from error
 
 
 def check_output(path: Path | None, option: str) -> None:

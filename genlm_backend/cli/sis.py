@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from genlm_backend.cli.loading import load
+from genlm_backend.cli.loading import check_text, load
 from genlm_backend.errors import NoTokenAllowed
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
@@ -87,7 +87,7 @@ class Estimate(NamedTuple):
 
 
 def command(
-    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False, callback=check_text)],
     particles: Annotated[int, typer.Option(min=1, help="How many particles.")] = 10,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each continuation.")] = 10,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal continuations.")] = 0,

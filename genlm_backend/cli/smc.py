@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genlm_backend.cli.loading import check_output, load
+from genlm_backend.cli.loading import check_output, check_text, load, read_text
 from genlm_backend.errors import InferenceFailed
 
 if TYPE_CHECKING:
@@ -32,11 +32,13 @@ _PIPE_WIDTH = 250
 
 
 def command(
-    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False, callback=check_text)],
     schema: Annotated[
         Path | None, typer.Option(help="A file with a JSON Schema.", exists=True, dir_okay=False, show_default=False)
     ] = None,
-    regex: Annotated[str | None, typer.Option(help="A regular expression.", show_default=False)] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="A regular expression.", show_default=False, callback=check_text)
+    ] = None,
     lark: Annotated[
         Path | None, typer.Option(help="A file with a Lark grammar.", exists=True, dir_okay=False, show_default=False)
     ] = None,
@@ -139,14 +141,14 @@ def _grammar(
 
     if schema is not None:
         try:
-            parsed = json.loads(schema.read_text(encoding="utf-8"))
+            parsed = json.loads(read_text(schema, "--schema"))
         except ValueError as error:
             raise typer.BadParameter(f"{schema} is not JSON: {error}", param_hint="--schema") from error
         return Grammar.json_schema(llm, parsed, whitespace=whitespace)
     if regex is not None:
         return Grammar.regex(llm, regex)
     if lark is not None:
-        return Grammar.lark(llm, lark.read_text(encoding="utf-8"))
+        return Grammar.lark(llm, read_text(lark, "--lark"))
     return None
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genlm_backend.cli.loading import check_output, load
+from genlm_backend.cli.loading import check_output, check_text, load
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ class NextByte(NamedTuple):
 
 
 def command(
-    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False, callback=check_text)],
     model: Annotated[
         str, typer.Option(help="smollm2, a .gguf file, a local folder or a Hugging Face id.", metavar="NAME")
     ] = "smollm2",
@@ -57,7 +57,9 @@ def command(
     begun: Annotated[
         str,
         typer.Option(
-            help="What of the next token is already written: only tokens that start so count.", metavar="TEXT"
+            help="What of the next token is already written: only tokens that start so count.",
+            metavar="TEXT",
+            callback=check_text,
         ),
     ] = "",
     top: Annotated[int, typer.Option(min=1, help="How many next bytes to show.")] = 12,

@@ -36,3 +36,10 @@ def test_a_terminal_gets_escapes_for_what_would_act_on_it(monkeypatch):
     write("a\tb\n\u3000é\U0001f468\u200d\U0001f469 \x1b[1m\x07\x9b1m\r\u202e\n")
     shown = "a\tb\n\u3000é\U0001f468\u200d\U0001f469 \\u001b[1m\\u0007\\u009b1m\\u000d\\u202e\n"
     assert sys.stdout.getvalue() == shown
+
+
+@pytest.mark.parametrize("option", ["--stop", "--ban"])
+def test_an_empty_string_to_look_for_is_a_wrong_argument(script, chatty, option):
+    for command in (("chat", chatty), ("generate", chatty, "x")):
+        ended = script(*command, *MOCK, option, "")
+        assert ended.code == 2 and option in ended.told
