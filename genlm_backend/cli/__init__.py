@@ -5,8 +5,11 @@ Exit codes: 0 done, 2 a wrong argument or an error of this package (one line on 
 
 from __future__ import annotations
 
+import atexit
 import io
+import os
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -15,6 +18,8 @@ from genlm_backend import __version__
 from genlm_backend.cli import chat, generate, sis, smc, trie
 from genlm_backend.cli.loading import tell_error
 from genlm_backend.errors import GenlmError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Probabilistic programs over language models: coroutines await log-probabilities, the backend batches them.",
@@ -32,6 +37,7 @@ app.command("smc")(smc.command)
 
 def main() -> None:
     """The console script: runs a subcommand and ends the process with its exit code."""
+    before = set(threading.enumerate())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a model writes what a terminal may not be able to show
@@ -42,6 +48,26 @@ def main() -> None:
     except GenlmError as error:
         tell_error(error)
         sys.exit(2)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED and any(_computes(thread) for thread in set(threading.enumerate()) - before):
+            _end_at_once(INTERRUPTED)
+        raise
+
+
+def _computes(thread: threading.Thread) -> bool:
+    return thread.daemon and thread.name in ("genlm-apart", "genlm-engine")
+
+
+def _end_at_once(code: int) -> None:
+    """End as Python does, but without taking the interpreter down.
+
+    A daemon thread inside of torch that asks for the interpreter's lock while it goes down is ended by pthread_exit,
+    which unwinds through destructors that may not be: the process is aborted then, by SIGABRT.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _show_version(is_asked: bool) -> None:

@@ -55,3 +55,22 @@ def test_an_error_whose_remedy_is_an_option_of_python_says_what_to_do_here(scrip
     monkeypatch.setattr("genlm_backend.cli.sis.load", load)
     ended = script("sis", "x")
     assert ended.code == 2 and ended.last_line.startswith(f"error: {error}; commands have no such option")
+
+
+@pytest.mark.parametrize("name", ["genlm-apart", "genlm-engine", None])
+def test_an_interrupt_while_torch_computes_does_not_take_the_interpreter_down(script, monkeypatch, name):
+    """A thread inside of torch would abort the process; without one it ends as every program does."""
+    go, did = threading.Event(), []
+    thread = threading.Thread(target=go.wait, name=name, daemon=True)
+
+    def app():
+        thread.start()
+        raise SystemExit(130)
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: did.append("exit functions"))
+    monkeypatch.setattr("os._exit", did.append)
+    assert script("sis", "x").code == 130
+    assert did == (["exit functions", 130] if name else [])
+    go.set()
+    thread.join()
