@@ -7,6 +7,7 @@ from typing import Any
 
 from genlm_backend.backtracking.generator import Generator
 from genlm_backend.batching import run_sync
+from genlm_backend.errors import InvalidRequest, UnsupportedModel
 
 Message = dict[str, str]
 
@@ -38,7 +39,7 @@ class ChatPipeline:
             generation_kwargs: For `Generator.agenerate`.
 
         Raises:
-            ValueError: The model has no chat template.
+            UnsupportedModel, InvalidRequest: See `prompt_ids`.
             GenlmError: As `walk`.
         """
         asked = [*history, {"role": "user", "content": question}]
@@ -49,12 +50,18 @@ class ChatPipeline:
         """The tokens of a conversation up to where the answer begins; the template alone says where a BOS is.
 
         Raises:
-            ValueError: The model has no chat template.
+            UnsupportedModel: The model has no chat template.
+            InvalidRequest: Its template refuses this conversation, such as for a system message.
         """
-        tokenizer = self.generator.tokenizer
+        tokenizer, name = self.generator.tokenizer, self.generator.name
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f"{self.generator.name} has no chat template; use a model that was made for conversations")
-        ids: list[int] = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+            raise UnsupportedModel(f"{name} has no chat template", "use a model that was made for conversations")
+        from jinja2 import TemplateError  # what transformers writes the prompt with
+
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise InvalidRequest(f"the chat template of {name} refuses these messages: {error}") from error
         return ids

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from genlm_backend.cli.loading import check_text, tell_error
 from genlm_backend.cli.loading import load as load_model
+from genlm_backend.errors import GenlmError
 
 if TYPE_CHECKING:
     from genlm_backend.backtracking import ChatPipeline, Generator
@@ -95,7 +96,10 @@ def command(
     backend: Annotated[str | None, typer.Option(help="hf, vllm or mock.", show_default="the best one here")] = None,
     verbose: Verbosity = 0,
 ) -> None:
-    """Talk with MODEL. Tokens that the operator or the strategy objects to are taken back before you see them."""
+    """Talk with MODEL. Tokens that the operator or the strategy objects to are taken back before you see them.
+
+    Lines from a pipe are answered one after the other; where one could not be, the exit code is 2.
+    """
     log = tell_rollbacks(verbose)
     make = asked_by(operator, operator_arg or [], strategy, ban or [], replace or [])
     options = {
@@ -111,8 +115,12 @@ def command(
     asked = make(generator.llm)
     asked.options.update(options)
     pipeline = ChatPipeline(generator)
-    pipeline.prompt_ids([{"role": "user", "content": "."}])  # no template: told now, not after the first question
-    Conversation(pipeline, asked, system, seed, log).run()
+    conversation = Conversation(pipeline, asked, system, seed, log)
+    # What the model's template refuses is told now, not after the first question.
+    pipeline.prompt_ids([*conversation.messages, {"role": "user", "content": "."}])
+    conversation.run()
+    if conversation.n_failed and not sys.stdin.isatty():
+        raise typer.Exit(2)
 
 
 class Conversation:
@@ -124,6 +132,10 @@ class Conversation:
         system: The first message.
         seed: Of the first answer; the next has the next one.
         log: Tells rollbacks between the pieces of answers.
+
+    Attributes:
+        messages: What was said; a question that was refused is not there.
+        n_failed: How many questions have no answer, or only a part of one, because of an error.
     """
 
     def __init__(
@@ -134,6 +146,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = list(self._first)
         self._console = Console()
         self._is_terminal = sys.stdin.isatty()
+        self.n_failed = 0
         self._console.soft_wrap = True
 
     def run(self) -> None:
@@ -172,7 +185,11 @@ class Conversation:
         if line.startswith("/"):
             self._do(*line.split(maxsplit=1))
         elif line:
-            self._answer(line)
+            try:
+                self._answer(check_text(line))
+            except typer.BadParameter as error:
+                self._refuse(error.message)
+                self.n_failed += 1
         return True
 
     def _do(self, name: str, argument: str = "") -> None:
@@ -187,22 +204,37 @@ class Conversation:
                     Path(argument).write_text(json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n", "utf-8")
                     self._console.print(Text(f"saved to {argument}", style="dim"))
                 except OSError as error:
-                    self._console.print(Text(f"{argument} cannot be written: {error.strerror}", style="red"))
+                    self._refuse(f"{argument} cannot be written: {error.strerror}")
+            case "/save":
+                self._refuse("name a file: /save FILE")
             case _:
-                self._console.print(Text(f"unknown command {name!r}; /help lists them", style="red"))
+                self._refuse(f"unknown command {name!r}; /help lists them")
+
+    def _refuse(self, why: str) -> None:
+        self._console.print(Text(why, style="red"))
 
     def _answer(self, question: str) -> None:
         self.messages.append({"role": "user", "content": question})
         said: list[str] = []
+        failure: GenlmError | None = None
         try:
             try:
                 asyncio.run(self._tell(said))
             except KeyboardInterrupt:
                 self._console.print(Text(" (stopped)", style="dim"), end="")
-            self._console.print()
+            except GenlmError as error:
+                failure = error
+            if said or failure is None:
+                write("\n")
         finally:
             self._log.is_mid_line = False
-            self.messages.append({"role": "assistant", "content": "".join(said)})
+            if said or failure is None:
+                self.messages.append({"role": "assistant", "content": "".join(said)})
+            else:
+                self.messages.pop()  # as if it had not been asked: a shorter one may do, and all else goes on
+        if failure is not None:
+            self.n_failed += 1
+            tell_error(failure)
 
     async def _tell(self, said: list[str]) -> None:
         async for piece in self._pieces():
