@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,7 +64,7 @@ def command(
     """Continue PROMPT, or every prompt of a file; all of a file run together, in as few forward passes as they need.
 
     One prompt gives its text. A file gives lines of JSON, in the order of its prompts: prompt, text, reason, tokens,
-    drawn, rollbacks.
+    drawn, rollbacks; or prompt and error, for each that has no text. Where there is one of these, the exit code is 2.
     """
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give a prompt, or --file with prompts")
@@ -89,24 +89,31 @@ def command(
     }
     with _progress(len(prompts), shows=file is not None) as advance:
         outcomes = asyncio.run(_all(generator, prompts, asked, options, advance))
-    if file is None:
-        _tell(outcomes[0])
-        if trace is not None:
-            from genlm_backend.backtracking.trace import Trace
+    if file is not None:
+        _tell_all(prompts, outcomes)
+        return
+    [outcome] = outcomes
+    if isinstance(outcome, GenlmError):
+        raise outcome
+    _tell(outcome)
+    if trace is not None:
+        from genlm_backend.backtracking.trace import Trace
 
-            Trace.of(generator.llm, outcomes[0], prompts[0], prompts[0]).save(trace)
-    else:
-        for text, outcome in zip(prompts, outcomes, strict=True):
-            typer.echo(json.dumps(_line(text, outcome), ensure_ascii=False))
+        Trace.of(generator.llm, outcome, prompts[0], prompts[0]).save(trace)
 
 
 async def _all(
     generator: Generator, prompts: list[str], asked: Asked, options: dict[str, Any], advance: Callable[[], None]
-) -> list[Outcome]:
-    async def one(i: int, prompt: str) -> Outcome:
-        outcome = await generator.arun(prompt, asked.operator, rules=asked.rules, lineage=(i,), **options)
-        advance()
-        return outcome
+) -> list[Outcome | GenlmError]:
+    """What each prompt came to; the error of one ends no other."""
+
+    async def one(i: int, prompt: str) -> Outcome | GenlmError:
+        try:
+            return await generator.arun(prompt, asked.operator, rules=asked.rules, lineage=(i,), **options)
+        except GenlmError as error:
+            return error
+        finally:
+            advance()
 
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(one(i, prompt)) for i, prompt in enumerate(prompts)]
@@ -139,7 +146,19 @@ def _prompts(file: Path) -> list[str]:
     return prompts
 
 
-def _line(prompt: str, outcome: Outcome) -> dict[str, Any]:
+def _tell_all(prompts: Sequence[str], outcomes: Sequence[Outcome | GenlmError]) -> None:
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        write(json.dumps(_line(prompt, outcome), ensure_ascii=False) + "\n")
+    n_failed = sum(isinstance(outcome, GenlmError) for outcome in outcomes)
+    if n_failed:
+        told = f"error: {n_failed} of {len(prompts)} prompts have no text; their lines say why"
+        Console(stderr=True).print(Text(told, style="red"), soft_wrap=True)
+        raise typer.Exit(2)
+
+
+def _line(prompt: str, outcome: Outcome | GenlmError) -> dict[str, Any]:
+    if isinstance(outcome, GenlmError):
+        return {"prompt": prompt, "error": str(outcome)}
     return {
         "prompt": prompt,
         "text": outcome.text,

@@ -12,6 +12,34 @@ import pytest
 MOCK = ("--backend", "mock", "--seed", "1")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("",), "must not be empty"),
+        (("hi", "--temperature", "inf"), "temperature is inf"),
+        (("hi", "--mode", "exact", "--replace", "a=b"), "mode 'exact'"),
+    ],
+)
+def test_a_named_error_is_one_line_and_exit_code_2(script, chatty, arguments, said):
+    ended = script("generate", chatty, *MOCK, *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.last_line.startswith("error: ") and said in ended.last_line and "Traceback" not in ended.err
+
+
+def test_a_prompt_of_a_file_that_fails_loses_no_other(script, short, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("the river\n" + "the river " * 30 + "\nthe fox\n")
+    ended = script("generate", "short", "--file", str(file), "--seed", "1", "--max-new-tokens", "3")
+    lines = [json.loads(line) for line in ended.out.splitlines()]
+    assert ended.code == 2 and "1 of 3 prompts" in ended.last_line
+    assert [set(line) for line in lines[::2]] == [{"prompt", "text", "reason", "tokens", "drawn", "rollbacks"}] * 2
+    assert set(lines[1]) == {"prompt", "error"} and "takes at most 59" in lines[1]["error"]
+    file.write_text("the river\n\nthe fox\n")
+    alone = script("generate", "short", "--file", str(file), "--seed", "1", "--max-new-tokens", "3")
+    assert alone.code == 0
+    assert json.loads(alone.out.splitlines()[0]) == lines[0], "as if the other had not failed"
+
+
 @pytest.mark.parametrize("command", ["chat", "generate"])
 def test_a_text_reaches_a_pipe_as_it_is(script, chatty, command):
     def answer(*options):
