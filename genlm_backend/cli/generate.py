@@ -42,7 +42,8 @@ def command(
         str | None, typer.Argument(help="The text to continue; - reads it from the input.", callback=check_text)
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Prompts instead, a line each: text, or JSON with `prompt`.", exists=True)
+        Path | None,
+        typer.Option(help="Prompts instead, a line each: text, or JSON with `prompt`.", exists=True, dir_okay=False),
     ] = None,
     operator: Operator = "none",
     operator_arg: OperatorArgs = None,
@@ -68,6 +69,8 @@ def command(
     """
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give a prompt, or --file with prompts")
+    if file is not None and trace is not None:
+        raise typer.BadParameter("a page is of one prompt; leave this or --file out", param_hint="--trace")
     from genlm_backend.backtracking.walk import MODES
 
     if mode not in MODES:
@@ -131,16 +134,19 @@ def _input() -> str:
 
 def _prompts(file: Path) -> list[str]:
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Only a line feed ends a line: JSON may have U+2028, U+0085 and others that end one for `splitlines`.
+    for number, line in enumerate(read_text(file, "--file").split("\n"), 1):
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):
             prompts.append(line)
             continue
         try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (json.JSONDecodeError, KeyError) as error:
-            raise typer.BadParameter(f"line {number} is no JSON with `prompt`", param_hint="--file") from error
+            prompt = json.loads(line)["prompt"]
+            prompt.encode()
+        except (ValueError, KeyError, AttributeError) as error:
+            raise typer.BadParameter(f"line {number} is no JSON with `prompt`, a text", param_hint="--file") from error
+        prompts.append(prompt)
     if not prompts:
         raise typer.BadParameter(f"{file} has no prompt", param_hint="--file")
     return prompts

@@ -40,6 +40,46 @@ def test_a_prompt_of_a_file_that_fails_loses_no_other(script, short, tmp_path):
     assert json.loads(alone.out.splitlines()[0]) == lines[0], "as if the other had not failed"
 
 
+def test_only_a_line_feed_ends_a_prompt_and_what_is_written_can_be_read(script, chatty, tmp_path):
+    prompts = ["the\u2028river", "the\x85fox", "a\x0bb\x0cc\x1cd\x1de\x1ef", "two\nlines"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join([prompts[0], *(json.dumps({"prompt": p}) for p in prompts[1:])]), encoding="utf-8")
+    ended = script("generate", chatty, *MOCK, "--file", str(file), "--max-new-tokens", "3")
+    assert ended.code == 0, ended.err
+    assert [json.loads(line)["prompt"] for line in ended.out.split("\n")[:-1]] == prompts
+    file.write_text(ended.out, encoding="utf-8")
+    assert script("generate", chatty, *MOCK, "--file", str(file), "--max-new-tokens", "3").out == ended.out
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(script, chatty, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text('{"prompt": "the fox"}\n', encoding="utf-8-sig")
+    ended = script("generate", chatty, *MOCK, "--file", str(file), "--max-new-tokens", "1")
+    assert json.loads(ended.out)["prompt"] == "the fox"
+
+
+@pytest.mark.parametrize("line", ['{"prompt": null}', '{"prompt": 5}', '{"prompt": "\\ud800"}', '{"text": "a"}', "{"])
+def test_a_prompt_that_is_no_text_is_a_wrong_argument(script, chatty, tmp_path, line):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"the fox\n{line}\n")
+    ended = script("generate", chatty, *MOCK, "--file", str(file))
+    assert ended.code == 2 and "--file" in ended.told and "line 2 " in ended.told
+
+
+def test_a_file_that_is_none_or_no_text_is_a_wrong_argument(script, chatty, tmp_path):
+    ended = script("generate", chatty, *MOCK, "--file", str(tmp_path))
+    assert ended.code == 2 and "--file" in ended.told and "directory" in ended.told
+    (tmp_path / "latin").write_bytes(b"caf\xe9\n")
+    ended = script("generate", chatty, *MOCK, "--file", str(tmp_path / "latin"))
+    assert ended.code == 2 and "--file" in ended.told and "UTF-8" in ended.told
+
+
+def test_a_page_is_of_one_prompt(script, chatty, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the fox\n")
+    ended = script("generate", chatty, "--file", str(tmp_path / "prompts.txt"), "--trace", str(tmp_path / "x.html"))
+    assert ended.code == 2 and "--trace" in ended.told
+
+
 @pytest.mark.parametrize("command", ["chat", "generate"])
 def test_a_text_reaches_a_pipe_as_it_is(script, chatty, command):
     def answer(*options):
