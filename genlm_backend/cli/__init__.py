@@ -1,6 +1,7 @@
 """The command `genlm-backend`: one file per subcommand; here what they share, and how it ends.
 
-Exit codes: 0 done, 2 a wrong argument or an error of this package (one line on stderr), 130 interrupted.
+Exit codes: 0 done; 2 a wrong argument or an error of this package (one line on stderr), also where other prompts of a
+file or other lines of a pipe were answered; 1 a run of `smc` that failed, whose report is there; 130 interrupted.
 """
 
 from __future__ import annotations

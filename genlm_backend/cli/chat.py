@@ -150,7 +150,11 @@ class Conversation:
         self._console.soft_wrap = True
 
     def run(self) -> None:
-        """Read, answer, repeat."""
+        """Read, answer, repeat.
+
+        Raises:
+            KeyboardInterrupt: Interrupted while it waits for a line that is not typed in a terminal.
+        """
         if self._is_terminal:
             with suppress(ImportError):  # arrow keys edit the line and bring back earlier ones, where Python has it
                 import readline  # noqa: F401
@@ -163,7 +167,7 @@ class Conversation:
                 is_warned = False
             except KeyboardInterrupt:  # at the prompt, or just after an answer: one alone must not lose what was said
                 if not self._is_terminal:
-                    return
+                    raise
                 self._console.print()
                 is_empty = not _typed()
                 if is_warned and is_empty:

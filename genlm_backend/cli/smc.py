@@ -74,6 +74,7 @@ def command(
     """Continue PROMPT with weighted particles that keep to a grammar, and estimate the probability of the grammar.
 
     The probabilities are those of the model's own texts, given that they match: not those of greedy masking.
+    The exit code is 1 where the run failed, such as with all particles dead; what was found until then is told.
     """
     if sum(given is not None for given in (schema, regex, lark)) > 1:
         raise typer.BadParameter("give one of --schema, --regex and --lark")

@@ -84,6 +84,14 @@ def test_the_pipeline_names_what_the_template_refuses(chatty_tokenizer):
     assert isinstance(refused.value, ValueError)
 
 
+def test_an_interrupt_at_the_end_of_a_pipe_is_exit_code_130(script, chatty, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert script("chat", chatty, *MOCK).code == 130
+
+
 def test_saving_needs_a_file(script, chatty):
     ended = script("chat", chatty, *MOCK, stdin=b"/save\n")
     assert ended.code == 0 and "name a file: /save FILE" in ended.out
