@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import difflib
 import inspect
 import json
 import re
@@ -17,7 +16,7 @@ import pytest
 import genlm_backend
 from genlm_backend.backtracking import generator
 from genlm_backend.llm import MockAsyncLM
-from tests.pages import page_environment
+from tests.pages import n_lines_apart, page_environment
 
 DOCS = Path(__file__).parents[2] / "docs" / "backtracking"
 
@@ -26,15 +25,15 @@ DOCS = Path(__file__).parents[2] / "docs" / "backtracking"
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_notebook_runs_as_shown(smollm2_path, tmp_path):
-    """Nine lines in ten: rows differ by 2e-5 between machines, and a draw may be another token."""
+    """But for a draw that is another token on another machine: a line, and the trace of the first walk."""
     environment = page_environment(tmp_path)
     command = [sys.executable, str(DOCS / "make_notebook.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    made, shown = ((folder / "notebook.md").read_text().splitlines() for folder in (tmp_path, DOCS))
-    assert difflib.SequenceMatcher(None, made, shown).ratio() > 0.9
+    made, shown = ((folder / "notebook.md").read_text() for folder in (tmp_path, DOCS))
+    assert n_lines_apart(made, shown) <= 2
     cells = json.loads((DOCS / "notebook.ipynb").read_text())["cells"]
-    assert all("".join(cell["source"]) in "\n".join(shown) for cell in cells), "the page is of this notebook"
+    assert all("".join(cell["source"]) in shown for cell in cells), "the page is of this notebook"
 
 
 @pytest.mark.model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import subprocess
 import sys
@@ -10,13 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import ROOT, page_environment
+from tests.pages import ROOT, n_lines_apart, page_environment
 
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
-
-
-def without_numbers(text: str) -> str:
-    return re.sub(r"-?\d+(\.\d+)?", "#", text)
 
 
 @pytest.mark.model
@@ -38,7 +33,6 @@ def test_a_page_runs_as_printed(smollm2_path: Path, tmp_path: Path, page: str):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    printed = without_numbers(done.stdout).splitlines()
-    on_the_page = without_numbers("".join(output for _, output in blocks)).splitlines()
-    # Rows differ by 2e-5 between machines: of some thousand draws one may be another token, and its text another line.
-    assert difflib.SequenceMatcher(None, printed, on_the_page).ratio() > 0.9, done.stdout
+    on_the_page = "".join(output for _, output in blocks)
+    # Of some thousand draws one may be another token on another machine, and its text another line.
+    assert n_lines_apart(done.stdout, on_the_page) <= 1, done.stdout
