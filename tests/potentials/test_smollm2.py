@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 
 from genlm_backend import load_model_by_name
 from genlm_backend.backtracking import GrammarRule, walk
@@ -20,7 +21,7 @@ CHOSEN = schemas.ALL[::20]
 @pytest.mark.model
 @pytest.mark.timeout(300)
 async def test_what_the_model_writes_under_a_schema_is_valid(smollm2_path: Path) -> None:
-    async with load_model_by_name("smollm2", "hf") as llm:
+    async with load_model_by_name("smollm2", "hf", {"hf_opts": {"dtype": torch.float32}}) as llm:
         rules = [GrammarRule(Grammar.json_schema(llm, schema, whitespace=False)) for schema in CHOSEN]
         outcomes = await asyncio.gather(
             *(
