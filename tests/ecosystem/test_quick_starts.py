@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 for distribution in ("genlm-control", "genlm-bytes", "llamppl", "hfppl"):
     try:
@@ -28,6 +29,15 @@ for distribution in ("genlm-control", "genlm-bytes", "llamppl", "hfppl"):
 import genlm_backend.compat  # noqa: E402  (the one line; before the packages that need it)
 from genlm_backend import AsyncTransformer, load_model_by_name  # noqa: E402
 from genlm_backend.llm.demo_model import demo_model_path  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these packages draw from: two global generators, and those that they make without a seed."""
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    new = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed=None: new(0 if seed is None else seed))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +104,6 @@ def test_the_readme_of_genlm_bytes() -> None:
 @pytest.mark.parametrize("distribution", ["llamppl", "hfppl"])
 def test_the_readme_of_llamppl(distribution: str) -> None:
     programs = readme_programs(distribution, "meta-llama/Llama-2-7b-hf")
-    np.random.seed(0)  # noqa: NPY002  (llamppl draws from it)
     names = run(*programs)
     assert isinstance(names["lm"].model, AsyncTransformer)
     assert len(names["particles"]) == 5
@@ -113,7 +122,6 @@ async def test_genlm_control_samples_within_a_regular_expression(llm: Any) -> No
     prompted = PromptedLLM(llm)
     prompted.set_prompt_from_str("Montreal is")
     constraint = BoolFSA.from_regex(r" (a|the) [a-z ]{5,30}\.").coerce(prompted, f=b"".join)
-    np.random.seed(0)  # noqa: NPY002  (they draw from it)
     before = llm.statistics()
     sequences = await AWRS(prompted, constraint).smc(n_particles=5, ess_threshold=0.5, max_tokens=12)
     after = llm.statistics()
@@ -149,7 +157,6 @@ async def test_llamppl_runs_its_sequential_monte_carlo(llm: Any) -> None:
             if self.n_left == 0:
                 self.finish()
 
-    np.random.seed(0)  # noqa: NPY002
     particles = await smc_standard(ShortWords(), 5, 0.5)
     assert len(particles) == 5
     assert any(particle.weight > -math.inf for particle in particles)
