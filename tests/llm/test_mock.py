@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,14 +95,25 @@ async def test_a_latency_is_taken_once_per_batch(tiny_tokenizer_512: PreTrainedT
         assert 0.05 <= time.monotonic() - started_s and llm.statistics().batches == 1
 
 
-async def test_the_loop_goes_on_while_the_mock_computes(tiny_tokenizer_512: PreTrainedTokenizerFast) -> None:
+async def test_the_loop_goes_on_while_the_mock_computes(
+    tiny_tokenizer_512: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, passed = threading.Event(), threading.Event()
+
+    def sleep(seconds: float) -> None:
+        entered.set()
+        assert passed.wait(20), "the loop waits too"
+
+    monkeypatch.setattr("genlm_backend.llm.mock.time", SimpleNamespace(sleep=sleep))
     async with MockAsyncLM(tiny_tokenizer_512, latency_s=0.05) as llm:
         asked = asyncio.create_task(llm.next_token_logprobs([1]))
-        n_passes = 0
-        while not asked.done():
-            n_passes += 1
+        while not entered.is_set():
             await asyncio.sleep(0)
-        assert n_passes > 50
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert not asked.done()
+        passed.set()
+        await asked
 
 
 async def test_by_name(tiny_model_folder: Path) -> None:
