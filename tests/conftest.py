@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,21 @@ from genlm_backend.errors import BackendUnavailable, ModelNotFound
 from genlm_backend.llm.demo_model import demo_model_path
 from tests import architectures, tiny_tokenizer
 
+# What rich and typer print is that of a plain terminal 80 wide, wherever the tests run.
+os.environ["TERM"] = "xterm"
+for variable in (
+    *("COLUMNS", "LINES", "TERMINAL_WIDTH", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+    *("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"),
+):
+    os.environ.pop(variable, None)
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # The same examples each time, however long they take: a failure is the fault of a change, not of luck or the machine.
-hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "steady", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("steady")
 
 
