@@ -14,7 +14,7 @@ from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
 from genlm_backend.errors import ContextTooLong, EmptyPrompt, TokenIdError, UnsupportedModel
 from genlm_backend.llm import AsyncTransformer
-from genlm_backend.llm.hf.self_test import difference
+from genlm_backend.llm.hf.self_test import HALF_PRECISION_TV, difference
 from genlm_backend.llm.queries import LogNormalizer
 from tests import architectures, tiny_tokenizer
 from tests.llm.hf.walks import TINY_NATS, contexts_of, fresh, plain_logits, plain_row, random_ids, small
@@ -32,7 +32,8 @@ async def test_half_precision_rows_are_normalised_in_float32(name: str, wrap: Ca
         assert row.dtype == torch.float32
         assert abs(float(row.double().exp().sum()) - 1) < 1e-6
         apart = difference(row[None], plain_row(model, PROMPT[:n])[None])
-        assert apart.total_variation <= 2e-2
+        # A near tie of a router may go either way; in float32 `test_packed` compares its rows.
+        assert apart.total_variation <= (HALF_PRECISION_TV if name == "qwen3_moe" else 2e-2)
     assert llm.path == "packed"
 
 
