@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
 from collections import Counter
@@ -109,8 +110,14 @@ def test_a_thousand_phrases_cost_little_per_token(llm):
     ban = phrases([f"{a.strip()} {b.strip()}" for a, b in itertools.pairwise(words[:1001])])
     ids = llm.encode(TEXT + " a city, and the river is wide where the city is. " * 40)
     state, n = ban.init(Prompt((), llm.byte_vocab)), 0
-    started = time.thread_time()
-    for token_id in ids:
-        state, _ = ban.step(state, Step(token_id, llm.byte_vocab[token_id].byte_string, (), -1.0, -1.0))
-        n += 1
-    assert (time.thread_time() - started) / n < 500e-6
+    gc.collect()
+    gc.disable()  # a collection would be of what all tests before left
+    try:
+        started = time.thread_time()
+        for token_id in ids:
+            state, _ = ban.step(state, Step(token_id, llm.byte_vocab[token_id].byte_string, (), -1.0, -1.0))
+            n += 1
+        seconds = time.thread_time() - started
+    finally:
+        gc.enable()
+    assert seconds / n < 500e-6
