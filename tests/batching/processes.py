@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -95,7 +96,9 @@ def forked() -> None:
     """A fork of the process hears that it cannot ask, in every way of asking; its parent goes on."""
     engine, llm = model()
     llm.next_token_logprobs_sync([1])
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+        child = os.fork()
     if child == 0:
         for ids in ([1], [2]):  # remembered, and new
             try:
