@@ -77,23 +77,31 @@ def source() -> Path:
 
 
 def run(folder: Path, name: str, plugin: tuple[str, ...]) -> dict[str, str]:
-    """Outcome by test."""
+    """Outcome by test; what fails runs once more without the others, because some compare times."""
     with tempfile.TemporaryDirectory() as out:
-        report = Path(out) / "report.xml"
-        options = ["-q", "-W", "ignore", "--timeout=300", "-p", "no:cacheprovider", "-p", "steady_hypothesis"]
-        command = [sys.executable, "-m", "pytest", *FILES, *options, *plugin, f"--junitxml={report}"]
-        paths = os.pathsep.join([str(REPOSITORY), str(HERE)])
+        options = ["-q", "-W", "ignore", "--timeout=300", "-o", f"cache_dir={out}", "-p", "steady_hypothesis"]
+        command = [sys.executable, "-m", "pytest", *FILES, *options, *plugin]
         print(f"genlm-control's tests on {name} ...", flush=True)
-        environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        if not report.exists():
-            raise SystemExit(f"pytest did not run:\n{done.stdout}\n{done.stderr}")
-        print(*(line for line in done.stdout.splitlines() if line.startswith("Monte Carlo")), sep="\n", flush=True)
-        outcomes = {}
-        for case in xml.etree.ElementTree.parse(report).iter("testcase"):
-            kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
-            outcomes[f"{case.get('classname')}::{case.get('name')}"] = kinds.pop() if kinds else "passed"
-        return outcomes
+        outcomes = run_once(folder, command, Path(out) / "report.xml")
+        print("those that fail once more ...", flush=True)
+        failed = ["--last-failed", "--last-failed-no-failures=none"]
+        return outcomes | run_once(folder, [*command, *failed], Path(out) / "again.xml")
+
+
+def run_once(folder: Path, command: list[str], report: Path) -> dict[str, str]:
+    paths = os.pathsep.join([str(REPOSITORY), str(HERE)])
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, f"--junitxml={report}"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    if not report.exists():
+        raise SystemExit(f"pytest did not run:\n{done.stdout}\n{done.stderr}")
+    print(*(line for line in done.stdout.splitlines() if line.startswith("Monte Carlo")), sep="\n", flush=True)
+    outcomes = {}
+    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
+        outcomes[f"{case.get('classname')}::{case.get('name')}"] = kinds.pop() if kinds else "passed"
+    return outcomes
 
 
 if __name__ == "__main__":
