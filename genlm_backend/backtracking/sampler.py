@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from genlm_backend.backtracking.operators import IN_USE, rules_of
 from genlm_backend.backtracking.providers import model_of
@@ -13,6 +13,8 @@ from genlm_backend.backtracking.strategies import BaseStrategy, remembers, rule_
 from genlm_backend.backtracking.walk import Budget, Outcome, Walk, walk
 
 _UNBOUNDED = 1 << 40
+
+T = TypeVar("T")
 
 
 class BacktrackSampler:
@@ -77,6 +79,7 @@ class TokenStream:
         self._n_read = 0
         self._runner: asyncio.Runner | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._reading: asyncio.Task[Any] | None = None
         self._is_closed = False
 
     def __iter__(self) -> Iterator[int]:
@@ -84,13 +87,22 @@ class TokenStream:
 
     def __next__(self) -> int:
         try:
-            return self._run(self.__anext__())
+            if self._runner is None:
+                self._runner = asyncio.Runner()
+            token_id: int = self._call(self._runner.run, self._read())
+            return token_id
         except StopAsyncIteration:
             self.close()
             raise StopIteration from None
         except BaseException:
+            if self._thread is not None and self._reading is not None:  # Ctrl-C reaches this thread only
+                self._reading.get_loop().call_soon_threadsafe(self._reading.cancel)
             self.close()
             raise
+
+    async def _read(self) -> int:
+        self._reading = asyncio.current_task()
+        return await self.__anext__()
 
     def __aiter__(self) -> AsyncIterator[int]:
         return self
@@ -117,13 +129,12 @@ class TokenStream:
     def close(self) -> None:
         """Read no more."""
         self._finish()
-        if self._runner is not None:
-            if self._thread is not None:
-                self._thread.submit(self._runner.close).result()
-                self._thread.shutdown()
-            else:
-                self._runner.close()
-            self._runner, self._thread = None, None
+        runner, self._runner, self._reading = self._runner, None, None
+        if runner is not None:
+            self._call(runner.close)
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
     async def aclose(self) -> None:
         """`close`, for `contextlib.aclosing`."""
@@ -156,14 +167,12 @@ class TokenStream:
             IN_USE.give_back(strategy)
             strategy.reset()
 
-    def _run(self, coroutine: Coroutine[Any, Any, int]) -> int:
-        """Run on a loop of this stream's own, in another thread where this one's loop is running."""
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return self._runner.run(coroutine)
+    def _call(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Call what runs a loop of this stream's own: in a thread of its own once this one's loop was seen running."""
         if self._thread is None:
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                return work(*arguments)
             self._thread = ThreadPoolExecutor(1, "genlm-token-stream")
-        return self._thread.submit(self._runner.run, coroutine).result()
+        return self._thread.submit(work, *arguments).result()

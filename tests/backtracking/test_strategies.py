@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import signal
 import sys
+import threading
 
 import pytest
 import torch
@@ -433,6 +436,40 @@ def test_the_iterator_works_inside_a_running_loop():
         return list(BacktrackSampler(llm, AntiSlopStrategy(llm, "So")).generate("<p>", max_new_tokens=8, seed=0))
 
     assert Words().decode(asyncio.run(inside())) == " it.<eos>"
+
+
+@pytest.mark.parametrize("end", [list.clear, lambda streams: streams[0].close(), lambda streams: next(streams[0])])
+def test_a_stream_begun_outside_a_running_loop_goes_on_and_ends_inside_one(end):
+    llm = model(**SO)
+    streams = [BacktrackSampler(llm, AntiSlopStrategy(llm, "So")).generate("<p>", max_new_tokens=8, seed=0)]
+    assert next(streams[0]) == VOCAB.index(b" it")
+
+    async def inside():
+        end(streams)
+        gc.collect()
+
+    asyncio.run(inside())
+    for stream in streams:
+        stream.close()
+        assert list(stream) == []
+
+
+def test_ctrl_c_inside_a_running_loop_ends_what_is_waited_for():
+    async def ask(options, text):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        await asyncio.Event().wait()  # for ever
+
+    llm = model(otherwise={"a": 0.5, "c": 0.5})
+    stream = BacktrackSampler(llm, HumanGuidanceStrategy(llm, ask=ask)).generate("<p>", max_new_tokens=3, seed=0)
+
+    async def inside():
+        next(stream)
+
+    loop = asyncio.new_event_loop()  # as in a notebook: `asyncio.run` would take the first Ctrl-C for itself
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(inside())
+    loop.close()
+    assert list(stream) == []
 
 
 def test_lengths():
