@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from genlm_backend.errors import BackendUnavailable
 
+_LOOK_MS = 100  # between looks at whether the choice is still wanted
 
-def choose_in_terminal(options: list[tuple[str, float | None]], text: str) -> int:
+
+def choose_in_terminal(
+    options: list[tuple[str, float | None]], text: str, given_up: threading.Event | None = None
+) -> int:
     """The index of the option that a person chooses with the arrow keys and Enter; blocks.
 
     Args:
         options: Text and probability; None for an action.
         text: What has been written so far.
+        given_up: Set in another thread, it ends the menu; then -1 is given.
 
     Raises:
         BackendUnavailable: This Python has no curses.
@@ -21,14 +27,17 @@ def choose_in_terminal(options: list[tuple[str, float | None]], text: str) -> in
         import curses
     except ImportError as error:
         raise BackendUnavailable("curses, which draws the menu,", "pip install windows-curses") from error
-    chosen: int = curses.wrapper(_run, curses, options, text)
+    chosen: int = curses.wrapper(_run, curses, options, text, given_up or threading.Event())
     return chosen
 
 
-def _run(screen: Any, curses: Any, options: list[tuple[str, float | None]], text: str) -> int:
+def _run(
+    screen: Any, curses: Any, options: list[tuple[str, float | None]], text: str, given_up: threading.Event
+) -> int:
     curses.curs_set(0)
+    screen.timeout(_LOOK_MS)
     row = 0
-    while True:
+    while not given_up.is_set():
         _draw(screen, curses, options, text, row)
         key = screen.getch()
         if key in (curses.KEY_UP, ord("k")):
@@ -37,6 +46,7 @@ def _run(screen: Any, curses: Any, options: list[tuple[str, float | None]], text
             row = (row + 1) % len(options)
         elif key in (ord("\n"), ord("\r"), curses.KEY_ENTER):
             return row
+    return -1
 
 
 def _draw(screen: Any, curses: Any, options: list[tuple[str, float | None]], text: str, row: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -306,7 +307,11 @@ class HumanGuidanceStrategy(RuleStrategy):
 
 
 async def _ask_in_terminal(options: list[tuple[str, float | None]], text: str) -> int:
-    return await asyncio.to_thread(choose_in_terminal, options, text)
+    given_up = threading.Event()
+    try:
+        return await asyncio.to_thread(choose_in_terminal, options, text, given_up)
+    finally:
+        given_up.set()  # a cancelled wait does not end the thread, and the end of the event loop waits for it
 
 
 class ChainStrategy(BaseStrategy):

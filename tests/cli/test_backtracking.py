@@ -285,6 +285,17 @@ def test_a_person_chooses_in_a_terminal(model):
 
 
 @pytest.mark.thorough
+def test_ctrl_c_ends_the_menu(model):
+    terminal = Terminal("-c", HUMAN, model)
+    terminal.wait_for("%)", 3)
+    terminal.press("\x03")
+    assert terminal.wait() == -signal.SIGINT, terminal.screen[-2000:]
+    assert "KeyboardInterrupt" in terminal.screen.rpartition("\x1b[?1049l")[2], (
+        "told after the menu has left the screen"
+    )
+
+
+@pytest.mark.thorough
 def test_an_answer_is_interrupted_without_losing_the_conversation(endless_model, tmp_path):
     saved = tmp_path / "talk.json"
     terminal = Terminal(
