@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from genlm_backend.backtracking.operators import IN_USE, CallableRule, is_pure, operator_rule, rules_of
+from genlm_backend.backtracking.operators import CallableRule, is_pure, operator_rule, rules_of
 from genlm_backend.backtracking.rules import EVERYTHING, Keep, Rule, Sees, Step, Verdict
 from genlm_backend.backtracking.walk import Budget, Outcome, Walk, walk
 from genlm_backend.batching import run_sync
@@ -114,7 +114,8 @@ class Generator:
         Args:
             prompt: Text, or token ids.
             operator: Says how many tokens to take back, see `genlm_backend.backtracking.operators`; None keeps all. One
-                object may serve many generations at once: an operator that remembers is copied for the second.
+                object may serve many generations at once: one that remembers is copied for the second, and the copy
+                told by `backtrack` that all it has seen is gone.
             max_new_tokens: Most tokens of the text; those taken back do not count.
             backtrack_every_n: The operator is asked at every n-th token.
             temperature: Divides the logits; 0 takes the best token.
@@ -301,14 +302,13 @@ def operator_in_use(operator: Any, decode: Callable[[int], str], every_n: int) -
     if operator is None or is_pure(operator):
         yield [] if operator is None else [operator_rule(operator, decode, every_n)]
         return
-    own = IN_USE.take(operator)
-    rule = operator_rule(own, decode, every_n)
+    rule = operator_rule(operator, decode, every_n)  # what it refuses was never in use
+    assert isinstance(rule, CallableRule)
+    rule.take()
     try:
         yield [rule]
     finally:
-        IN_USE.give_back(own)
-        assert isinstance(rule, CallableRule)
-        rule.rewind(0)
+        rule.give_back()
 
 
 def _tell(outcome: Outcome) -> None:

@@ -24,10 +24,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from genlm_backend.backtracking.distribution import Distribution
 from genlm_backend.backtracking.rules import EVERYTHING, Keep, Prompt, Rule, Sees, Step, Undo, Verdict
 
 logger = logging.getLogger(__name__)
+
+User = TypeVar("User")
 
 
 @runtime_checkable
@@ -372,35 +375,75 @@ class CallableRule(Rule[int]):
     def rewind(self, n_tokens: int) -> None:
         """Tell the operator that only so many tokens are left."""
         n_gone, self._n_seen = self._n_seen - n_tokens, min(self._n_seen, n_tokens)
-        backtrack = getattr(self._operator, "backtrack", None)
-        if n_gone > 0 and backtrack is not None:
-            backtrack(n_gone)
+        _tell_gone(self._operator, n_gone)
+
+    def take(self) -> None:
+        """Use the operator for one text; while another text uses it, a copy that has seen nothing of that text.
+
+        The copy is made between two tokens of the other text, unless that one runs in another thread.
+        """
+        other = IN_USE.take([self._operator], self)
+        if other is not None:
+            self._operator = other._copied()
+            IN_USE.take([self._operator], self)
+
+    def give_back(self) -> None:
+        """The text is over: leave the operator as it was before."""
+        try:
+            self.rewind(0)
+        finally:
+            IN_USE.give_back(self)
+
+    def _copied(self) -> Any:
+        n_seen, operator = self._n_seen, copy.deepcopy(self._operator)
+        if operator is not self._operator:  # a function is its own copy
+            _tell_gone(operator, n_seen)
+        return operator
 
 
-@dataclass
-class InUse:
-    """Objects of users that remember, and so serve one generation at a time; a second one gets a copy."""
-
-    ids: set[int] = field(default_factory=set)
-
-    def take(self, value: Any) -> Any:
-        """The object itself, or a copy of it while it is taken."""
-        if id(value) in self.ids:
-            value = copy.deepcopy(value)
-        self.ids.add(id(value))
-        return value
-
-    def give_back(self, value: Any) -> None:
-        """It may be taken again."""
-        self.ids.discard(id(value))
+def _tell_gone(operator: Any, n_tokens: int) -> None:
+    backtrack = getattr(operator, "backtrack", None)
+    if n_tokens > 0 and backtrack is not None:
+        backtrack(n_tokens)
 
 
-IN_USE = InUse()
+class InUse(Generic[User]):
+    """Objects that remember, and so serve one text at a time, each with its user; for all threads.
+
+    They are held, so that no other object gets the id of one that is gone.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a stream that is collected while one is held gives back too
+        self._users: dict[int, User] = {}
+        self._taken: dict[int, list[Any]] = {}
+
+    def take(self, objects: Sequence[Any], user: User) -> User | None:
+        """Take them all, or none where one is in use; whose that one is, None if they were taken."""
+        with self._lock:
+            for value in objects:
+                if id(value) in self._users:
+                    return self._users[id(value)]
+            self._users |= {id(value): user for value in objects}
+            self._taken[id(user)] = list(objects)
+        return None
+
+    def give_back(self, user: User) -> None:
+        """What a user took may be taken again."""
+        with self._lock:
+            for value in self._taken.pop(id(user), ()):
+                self._users.pop(id(value), None)
+
+
+IN_USE: InUse[CallableRule] = InUse()
 
 
 def is_pure(operator: object) -> bool:
-    """Whether it is one of the operators of this file, and not changed by a subclass."""
-    return isinstance(operator, FoldOperator) and type(operator).__call__ is FoldOperator.__call__
+    """Whether it is one of the operators of this file, and a subclass changes at most what `judge` says."""
+    if not isinstance(operator, FoldOperator):
+        return False
+    kind = type(operator)
+    return kind.__call__ is FoldOperator.__call__ and kind.backtrack is FoldOperator.backtrack
 
 
 def operator_rule(operator: Any, decode: Callable[[int], str] = str, every_n: int = 1) -> Rule[Any]:

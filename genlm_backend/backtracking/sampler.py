@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
-from genlm_backend.backtracking.operators import IN_USE, rules_of
+from genlm_backend.backtracking.operators import InUse, rules_of
 from genlm_backend.backtracking.providers import model_of
-from genlm_backend.backtracking.strategies import BaseStrategy, remembers, rule_of
+from genlm_backend.backtracking.strategies import BaseStrategy, remembering, rule_of
 from genlm_backend.backtracking.walk import Budget, Outcome, Walk, walk
 
 _UNBOUNDED = 1 << 40
+_IN_USE: InUse[BaseStrategy] = InUse()
 
 T = TypeVar("T")
 
@@ -152,8 +154,8 @@ class TokenStream:
     def _begun(self) -> Walk:
         if self._walk is None:
             strategy = self._sampler.strategy
-            if remembers(strategy):
-                strategy = self._strategy = IN_USE.take(strategy)
+            if remembering(strategy):
+                strategy = self._strategy = _taken(strategy)
                 strategy.reset()
             options = dict(self._options)
             rules = [rule_of(strategy), *rules_of(options.pop("rules", ()))]
@@ -164,8 +166,10 @@ class TokenStream:
         self._is_closed = True
         strategy, self._strategy = self._strategy, None
         if strategy is not None:
-            IN_USE.give_back(strategy)
-            strategy.reset()
+            try:
+                strategy.reset()
+            finally:
+                _IN_USE.give_back(strategy)
 
     def _call(self, work: Callable[..., T], *arguments: Any) -> T:
         """Call what runs a loop of this stream's own: in a thread of its own once this one's loop was seen running."""
@@ -176,3 +180,11 @@ class TokenStream:
                 return work(*arguments)
             self._thread = ThreadPoolExecutor(1, "genlm-token-stream")
         return self._thread.submit(work, *arguments).result()
+
+
+def _taken(strategy: BaseStrategy) -> BaseStrategy:
+    """A strategy for one text: a copy of it where another text uses it, or a part of it."""
+    if _IN_USE.take(remembering(strategy), strategy) is not None:
+        strategy = copy.deepcopy(strategy)
+        _IN_USE.take(remembering(strategy), strategy)
+    return strategy

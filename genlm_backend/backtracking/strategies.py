@@ -164,6 +164,8 @@ class RuleStrategy(BaseStrategy):
 
 
 def _provider_text(strategy: Any, token_id: int) -> bytes:
+    if not hasattr(strategy, "provider"):  # it looks at rows only
+        return b""
     text: str = strategy.provider.decode([token_id])
     return text.encode()
 
@@ -441,22 +443,40 @@ def rule_of(strategy: BaseStrategy) -> Rule[Any]:
     Raises:
         TypeError: It is no strategy.
     """
-    if isinstance(strategy, ChainStrategy) and type(strategy).backtrack is ChainStrategy.backtrack:
+    if isinstance(strategy, ChainStrategy) and not _is_changed(strategy):
         return Chain([rule_of(member) for member in strategy.strategies])
-    if isinstance(strategy, RuleStrategy) and not _is_changed(type(strategy)):
+    if isinstance(strategy, RuleStrategy) and not _is_changed(strategy):
         return strategy.rule()
     if isinstance(strategy, BaseStrategy):
         return StrategyRule(strategy)
     raise TypeError(f"{strategy!r} is no strategy; expected a BaseStrategy")
 
 
-def remembers(strategy: BaseStrategy) -> bool:
-    """Whether it changes while it is used, so that it serves one text at a time."""
-    if isinstance(strategy, ChainStrategy) and type(strategy).backtrack is ChainStrategy.backtrack:
-        return any(remembers(member) for member in strategy.strategies)
-    return not isinstance(strategy, RuleStrategy) or _is_changed(type(strategy))
+def remembering(strategy: BaseStrategy, is_asked: bool = False) -> list[BaseStrategy]:
+    """Which objects, of it and its members, change while it is used, so that they serve one text at a time.
+
+    Args:
+        strategy: One of ours or of a user's.
+        is_asked: It is used through its methods, not as a rule.
+    """
+    if isinstance(strategy, ChainStrategy):
+        is_asked = is_asked or _is_changed(strategy)
+        members = [part for member in strategy.strategies for part in remembering(member, is_asked)]
+        return [strategy, *members] if is_asked or _is_reset(strategy) else members
+    is_rule = isinstance(strategy, RuleStrategy) and not _is_changed(strategy) and not _is_reset(strategy)
+    return [] if is_rule and not is_asked else [strategy]
 
 
-def _is_changed(kind: type[RuleStrategy]) -> bool:
+def _is_changed(strategy: ChainStrategy | RuleStrategy) -> bool:
+    """Whether a subclass changes what one of ours does, so that it has to be used through its methods."""
     names = ("get_keep_index", "on_logits", "on_probs", "on_next_token", "backtrack")
-    return any(getattr(kind, name) is not getattr(RuleStrategy, name) for name in names)
+    return any(getattr(type(strategy), name) is not getattr(_ours(strategy), name) for name in names)
+
+
+def _is_reset(strategy: ChainStrategy | RuleStrategy) -> bool:
+    """Whether a subclass has something of its own to forget; its rule stays ours."""
+    return type(strategy).reset is not _ours(strategy).reset
+
+
+def _ours(strategy: ChainStrategy | RuleStrategy) -> Any:
+    return ChainStrategy if isinstance(strategy, ChainStrategy) else RuleStrategy

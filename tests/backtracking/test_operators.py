@@ -327,20 +327,21 @@ def test_generations_share_no_state_and_run_together():
     assert together == alone
 
 
+class Limit:
+    """Objects to the third a."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, logits, probabilities, position, token):
+        self.seen.append(token)
+        return int(self.seen.count("a") > 2)
+
+    def backtrack(self, n):
+        del self.seen[-n:]
+
+
 def test_a_remembering_operator_serves_many_at_once():
-    class Limit:
-        """Objects to the third a."""
-
-        def __init__(self):
-            self.seen = []
-
-        def __call__(self, logits, probabilities, position, token):
-            self.seen.append(token)
-            return int(self.seen.count("a") > 2)
-
-        def backtrack(self, n):
-            del self.seen[-n:]
-
     model, operator = generator(**EVEN), Limit()
 
     async def many():
@@ -348,6 +349,65 @@ def test_a_remembering_operator_serves_many_at_once():
 
     texts = asyncio.run(many())
     assert max(text.count("a") for text in texts) == 2 and len(set(texts)) > 10
+
+
+def test_the_copy_of_an_operator_at_work_has_seen_nothing():
+    model, operator = generator(**EVEN), Limit()
+
+    async def two():
+        first = asyncio.create_task(model.agenerate([0], operator, max_new_tokens=60, seed=0))
+        while operator.seen.count("a") < 2:
+            await asyncio.sleep(0)
+        assert not first.done()
+        second = await model.agenerate([0], operator, max_new_tokens=8, seed=1)
+        assert (await first).count("a") == 2
+        return second, await model.agenerate([0], Limit(), max_new_tokens=8, seed=1)
+
+    second, alone = asyncio.run(two())
+    assert second == alone
+
+
+class Tally:
+    def __init__(self):
+        self.n_seen = 0
+
+    def __call__(self, logits, probabilities, position, token):
+        self.n_seen += 1
+        return 0
+
+
+@pytest.mark.parametrize("wrong", [{"backtrack_every_n": 0}, {"temperature": -1.0}])
+def test_an_operator_given_with_a_wrong_argument_is_not_in_use_afterwards(wrong):
+    model, operator = generator(**EVEN), Tally()
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        model.generate([0], operator, **wrong)
+    model.generate([0], operator, max_new_tokens=3, seed=0)
+    assert operator.n_seen == 3, "not a copy"
+
+
+def test_an_operator_whose_backtrack_fails_is_not_in_use_afterwards():
+    class Sulks(Tally):
+        def backtrack(self, n_tokens):
+            raise RuntimeError("no")
+
+    model, operator = generator(**EVEN), Sulks()
+    for n_seen in (3, 6):
+        with pytest.raises(RuntimeError, match="no"):
+            model.generate([0], operator, max_new_tokens=3, seed=0)
+        assert operator.n_seen == n_seen
+
+
+def test_a_subclass_of_ours_that_changes_only_backtrack_is_told():
+    told = []
+
+    class Told(ProbabilityThreshold):
+        def backtrack(self, n_tokens):
+            told.append(n_tokens)
+            super().backtrack(n_tokens)
+
+    outcome = run(generator(**EVEN), Told(0.5))
+    assert set(outcome.text) == {"a"} and outcome.n_undos > 0
+    assert told == [1] * outcome.n_undos + [6], "each rollback, and the end"
 
 
 def test_each_rollback_is_one_info_record(caplog):

@@ -278,6 +278,55 @@ def test_a_strategy_of_a_users_runs_alone_and_64_at_once(in_chain):
     assert any(" it." in "".join(text) for text in together) != in_chain
 
 
+class Asks(ChainStrategy):
+    """A chain that is used through its methods, and so are its members."""
+
+    def backtrack(self, continuation_tokens):
+        return super().backtrack(continuation_tokens)
+
+
+class Twice(NoRepeat):
+    """At most two a in a text."""
+
+    def reset(self):
+        super().reset()
+        self.n_a = 0
+
+    def on_logits(self, logits, continuation_tokens):
+        if self.n_a == 2:
+            logits[:, VOCAB.index(b"a")] = float("-inf")
+        return super().on_logits(logits, continuation_tokens)
+
+    def on_next_token(self, continuation_tokens, probs):
+        self.n_a += VOCAB[continuation_tokens[-1]] == b"a"
+        super().on_next_token(continuation_tokens, probs)
+
+
+@pytest.mark.parametrize("kinds", [(None, ChainStrategy), (ChainStrategy, None), (ChainStrategy, ChainStrategy)])
+def test_a_strategy_in_two_chains_at_once_is_not_shared(kinds):
+    llm = model(otherwise={"a": 0.5, " it": 0.3, ".": 0.2})
+    own = Twice(llm)
+    samplers = [BacktrackSampler(llm, own if kind is None else kind([own])) for kind in kinds]
+    together, alone = asyncio.run(_together_and_alone(samplers))
+    assert together == alone and max(text.count("a") for text in together) == 2
+
+
+def test_a_strategy_of_ours_in_two_chains_of_a_users_is_not_shared():
+    llm = model(otherwise={"a": 0.5, " it": 0.3, ".": 0.2})
+    ours = ReplaceStrategy(llm, "it", "So me")
+    together, alone = asyncio.run(_together_and_alone([BacktrackSampler(llm, Asks([ours])) for _ in range(2)]))
+    assert together == alone and any("So me" in "".join(text) for text in together)
+
+
+async def _together_and_alone(samplers, n_texts=4):
+    async def one(sampler, seed):
+        return [VOCAB[t].decode() async for t in sampler.generate("<p>", max_new_tokens=10, seed=seed)]
+
+    asked = [(sampler, 10 * i + n) for n in range(n_texts) for i, sampler in enumerate(samplers)]
+    together = await asyncio.gather(*(one(*each) for each in asked))
+    return together, [await one(*each) for each in asked]
+
+
 class Writes(BaseStrategy):
     """Takes a token back and forces others in its place, as backtrack_sampler's ReplaceStrategy does."""
 
@@ -364,6 +413,43 @@ def test_a_strategy_that_builds_on_one_of_ours():
     llm = model(**SO)
     assert {text_of(llm, Louder(llm, "So"), seed=s) for s in range(6)} == {" it.<eos>"}
     assert Louder.n_calls > 12
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_reset_that_a_subclass_of_ours_changes_is_called_for_each_text(chained):
+    n_resets = 0
+
+    class Counts(ChainStrategy if chained else AntiSlopStrategy):
+        def reset(self):
+            nonlocal n_resets
+            n_resets += 1
+            super().reset()
+
+    llm = model(**SO)
+    counts = Counts([AntiSlopStrategy(llm, "So")]) if chained else Counts(llm, "So")
+    n_before = n_resets
+    assert {text_of(llm, counts, seed=s) for s in range(3)} == {" it.<eos>"}
+    assert n_resets == n_before + 6, "before each text and after it"
+
+
+def test_a_person_is_asked_also_where_a_subclass_changes_reset():
+    class Fresh(HumanGuidanceStrategy):
+        def reset(self):
+            super().reset()
+
+    llm = model(otherwise={"a": 0.5, "c": 0.3, ".": 0.2})
+    assert text_of(llm, Fresh(llm, ask=lambda options, text: 2), max_new_tokens=9) == "." * 9
+
+
+def test_a_chain_whose_on_logits_a_user_changes():
+    class Without(ChainStrategy):
+        def on_logits(self, logits, continuation_tokens):
+            logits = super().on_logits(logits, continuation_tokens)
+            logits[:, VOCAB.index(b"a")] = float("-inf")
+            return logits
+
+    llm = model(otherwise={"a": 0.9, "c": 0.1})
+    assert text_of(llm, Without([AdaptiveTemperatureStrategy()])) == "c" * 8
 
 
 class Rows(BaseProvider):
