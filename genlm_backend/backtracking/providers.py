@@ -6,9 +6,11 @@ the sampler asks for prefixes, and the engine tells the provider how much of its
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -32,7 +34,7 @@ class TextProvider(Protocol):
 
 
 class BaseProvider(ABC):
-    """A source of logits of a user's."""
+    """A source of logits of a user's; a copy of what holds it, such as a strategy, holds the same one."""
 
     @abstractmethod
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -57,6 +59,9 @@ class BaseProvider(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Forget what was cached."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
 
 class TransformersProvider:
@@ -101,16 +106,28 @@ class TransformersProvider:
 
 
 class ProviderEngine(Engine):
-    """A provider of a user's as an engine: one prefix at a time, on its own cache."""
+    """A provider of a user's as an engine: one prefix at a time, on its own cache.
+
+    Attributes:
+        pieces: The text of each token.
+    """
 
     def __init__(self, provider: BaseProvider) -> None:
+        provider.reset()  # it may have been used before
+        width = int(provider.generate([provider.get_eos_token_id()]).shape[-1])
+        provider.reset()
+        self.pieces = [provider.decode([i]) for i in range(width)]
         self._provider = provider
         self._cached: tuple[int, ...] = ()
+        self._is_cleared = False
 
     def evaluate(self, contexts: Sequence[Context]) -> torch.Tensor:
         return torch.cat([self._logits(context.token_ids) for context in contexts])
 
     def _logits(self, token_ids: tuple[int, ...]) -> torch.Tensor:
+        if self._is_cleared:
+            self._cached, self._is_cleared = (), False
+            self._provider.reset()
         common = 0
         while common < min(len(token_ids), len(self._cached)) and token_ids[common] == self._cached[common]:
             common += 1
@@ -121,12 +138,13 @@ class ProviderEngine(Engine):
         return self._provider.generate(list(token_ids)).detach().float().reshape(1, -1).cpu()
 
     def clear_kv(self) -> None:
-        self._cached = ()
-        self._provider.reset()
+        self._is_cleared = True  # the provider is told before it is asked again: now it may be at work
 
 
 def model_of(provider: Any) -> AsyncLM:
-    """The AsyncLM behind a provider; one of a user's is asked once for the width of its logits.
+    """The AsyncLM behind a provider; those of one provider of a user's share its cache.
+
+    One of a user's is reset, and at first asked for the width of its logits.
 
     Raises:
         TypeError: It is no provider.
@@ -140,14 +158,24 @@ def model_of(provider: Any) -> AsyncLM:
     return _wrapped(provider)
 
 
+_SERVICES: WeakValueDictionary[int, Service] = WeakValueDictionary()  # by the id of its provider, which it holds
+_sharing = threading.Lock()
+
+
 def _wrapped(provider: BaseProvider) -> AsyncLM:
-    width = int(provider.generate([provider.get_eos_token_id()]).shape[-1])
-    provider.reset()
-    eos = provider.get_eos_token_id()
-    pieces = [provider.decode([i]) for i in range(width)]
-    byte_vocab = [Token(i, piece.encode(), is_special=i == eos) for i, piece in enumerate(pieces)]
-    service = Service(ProviderEngine(provider), width, batch_size=1, row_memo_bytes=ROW_MEMO_BYTES)
-    return AsyncLM(_Tokenizer(provider), service, byte_vocab=byte_vocab, str_vocab=pieces, n_ids=width, max_length=None)
+    with _sharing:
+        service = _SERVICES.get(id(provider))
+        if service is None or not service.share():
+            engine = ProviderEngine(provider)
+            service = Service(engine, len(engine.pieces), batch_size=1, row_memo_bytes=ROW_MEMO_BYTES)
+            _SERVICES[id(provider)] = service
+    assert isinstance(service.engine, ProviderEngine)
+    pieces, tokenizer = list(service.engine.pieces), _Tokenizer(provider)
+    byte_vocab = [Token(i, piece.encode(), is_special=i == tokenizer.eos_token_id) for i, piece in enumerate(pieces)]
+    n_ids = len(pieces)
+    llm = AsyncLM(tokenizer, service, byte_vocab=byte_vocab, str_vocab=pieces, n_ids=n_ids, max_length=None)
+    llm.clear_cache()  # what the provider says may have changed since it was wrapped before
+    return llm
 
 
 class _Tokenizer:

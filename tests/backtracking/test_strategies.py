@@ -490,6 +490,55 @@ def test_a_provider_of_a_users():
     sampler.llm.close()
 
 
+def test_samplers_of_one_provider_share_its_cache():
+    provider = Rows()
+
+    def sampler(slop):
+        return BacktrackSampler(provider, AntiSlopStrategy(provider, slop))
+
+    first = sampler("So")
+    assert len(list(first.generate("<p>", max_new_tokens=4, seed=0))) == 4
+    second = sampler("c")  # the first has left something in the cache
+    streams = [each.generate("<p>", max_new_tokens=6, seed=1) for each in (first, second)]
+    texts = [provider.decode(tokens) for tokens in zip(*zip(*streams, strict=True), strict=True)]
+    assert texts[0] == " it" * 6 and " So" in texts[1]
+    first.llm.close()
+    assert len(list(second.generate("<p> it", max_new_tokens=4, seed=1))) == 4
+    second.llm.close()
+    assert len(list(sampler("So").generate("<p>", max_new_tokens=4, seed=1))) == 4
+
+
+def test_a_new_sampler_sees_a_provider_as_it_is():
+    class Biased(Rows):
+        bias = 0.0
+
+        def generate(self, input_ids, *args, **kwargs):
+            row = super().generate(input_ids)
+            row[0, 1] += self.bias
+            return row
+
+    provider = Biased()
+    before = BacktrackSampler(provider, AntiSlopStrategy(provider, "So"))
+    assert text_of(provider, AntiSlopStrategy(provider, "So")) == " it" * 8
+    provider.bias = 100.0
+    assert text_of(provider, AntiSlopStrategy(provider, "So")) == "a" * 8
+    before.llm.close()
+
+
+def test_a_strategy_that_holds_a_provider_of_a_users_serves_several_texts():
+    class Locked(Rows):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock()  # like much that models hold, it cannot be copied
+
+    provider = Locked()
+    own = NoRepeat(provider)
+    sampler = BacktrackSampler(provider, own)
+    together, alone = asyncio.run(_together_and_alone([sampler]))
+    assert together == alone and not any(repeats(text) for text in together)
+    sampler.llm.close()
+
+
 def test_what_is_no_provider_or_strategy_is_refused():
     with pytest.raises(TypeError, match="provider"):
         BacktrackSampler(object(), AntiSlopStrategy(None, "a"))
