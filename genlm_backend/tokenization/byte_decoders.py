@@ -87,6 +87,8 @@ def read_fast(backend: Any, tokenizer: Any) -> Vocabulary:
         if token_id not in special_ids and decoder.to_bytes(content) != byte_string:
             in_model = pieces.get(token_id) == content
             byte_string = _bytes_of_added(backend, token_id, content, decoder, in_model)
+        if token_id not in special_ids and token["normalized"]:
+            byte_string = _with_space_in_front(backend, content, byte_string, decoder)
         vocabulary.byte_strings[token_id], vocabulary.pieces[token_id] = byte_string, content
     vocabulary.special_ids.update(special_ids & pieces.keys())
     # A SentencePiece model that has no piece for a single space spells it in bytes of the mark itself; a model of whole
@@ -265,6 +267,22 @@ def _bytes_of_added(backend: Any, token_id: int, content: str, decoder: PieceDec
     return decoded if is_reached else content.encode()
 
 
+def _with_space_in_front(backend: Any, content: str, byte_string: bytes, decoder: PieceDecoder) -> bytes:
+    """The bytes of an added token whose name is normalised as text is: `Prepend` puts a space before it, too.
+
+    It is then found only behind a space, which it takes along.
+    """
+    found = _normalised(backend, content, decoder).encode()
+    return found if found == b" " + byte_string else byte_string
+
+
+def _normalised(backend: Any, text: str, decoder: PieceDecoder) -> str:
+    """A text as the tokenizer looks for tokens in it, with plain spaces."""
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    return text.replace(decoder.spells_space_as, " ") if decoder.spells_space_as else text
+
+
 def _prove_pieces(backend: Any, decoder: PieceDecoder, vocabulary: Vocabulary, special_ids: set[int]) -> None:
     """Every piece, decoded by the tokenizer alone, reads as its bytes do.
 
@@ -320,11 +338,7 @@ def _fast_encoder(backend: Any, decoder: PieceDecoder) -> Callable[[str], tuple[
             return [], ""
         encoding = backend.encode(text, add_special_tokens=False)
         token_ids = [i for i, is_token in zip(encoding.ids, encoding.attention_mask, strict=True) if is_token]
-        if backend.normalizer is not None:
-            text = backend.normalizer.normalize_str(text)
-        if decoder.spells_space_as:
-            text = text.replace(decoder.spells_space_as, " ")
-        return token_ids, text
+        return token_ids, _normalised(backend, text, decoder)
 
     return encode
 

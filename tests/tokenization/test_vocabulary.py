@@ -182,6 +182,17 @@ def test_an_added_piece_of_the_model_stands_for_what_the_model_spells() -> None:
     assert bytes_by_piece(tokenizer)["▁▁"] == b"  "
 
 
+def test_an_added_token_takes_along_the_space_that_the_normaliser_puts_before_its_name() -> None:
+    """Past defect: "say foo" came back as "sayfoo"."""
+    tokenizer = byte_fallback(["▁"])
+    tokenizer.add_tokens(["foo", "two words", "▁x", AddedToken("bar", normalized=False)])
+    byte_vocab, _ = decode_vocab(tokenizer)
+    for text in ("say foo", "foo", "sayfoo", "say  foo", "foo foo", "say two words", "a ▁x", "say bar", "saybar"):
+        token_ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert b"".join(byte_vocab[i] for i in token_ids) == f" {text}".replace("▁", " ").encode()
+    assert [token.byte_string for token in byte_vocab[-4:]] == [b" foo", b" two words", b"  x", b"bar"]
+
+
 def test_a_byte_level_piece_outside_the_alphabet_is_text() -> None:
     assert bytes_by_piece(byte_level(["日本"]))["日本"] == "日本".encode()
 
