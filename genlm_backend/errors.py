@@ -85,12 +85,16 @@ class EmptyPrompt(InvalidRequest):
 
 
 class TokenIdError(InvalidRequest):
-    """One entry of `token_ids` is not the id of a token of this model. Data: position, what is there, number of ids."""
+    """One entry of `token_ids` is not the id of a token of this model.
+
+    Data: position, what is there, number of ids; the argument's name, unless `token_ids`.
+    """
 
     @staticmethod
     def message(*data: object) -> str:
-        position, what, bound = data
-        where = "token_ids" if position is None else f"token_ids[{position}]"
+        position, what, bound, *names = data
+        name = names[0] if names else "token_ids"
+        where = name if position is None else f"{name}[{position}]"
         return f"{where} is {what}; expected integers from 0 to {int(str(bound)) - 1}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -137,7 +138,7 @@ class AsyncLM:
         Args:
             prompt_token_ids: What to continue.
             max_tokens: Most tokens to yield.
-            eos_token_ids: Token ids that end the sample.
+            eos_token_ids: Token ids that end the sample: integers as any collection, array or tensor.
             temperature: Divides the log-probabilities; 0 is greedy.
             seed: Equal seeds give equal samples whatever else runs; None takes a fresh one.
             lora_name: The adapter.
@@ -145,7 +146,7 @@ class AsyncLM:
         """
         seed = sampling.fresh_seed() if seed is None else seed
         prompt = self._context(prompt_token_ids, lora_name)
-        return self._stream(prompt, max_tokens, frozenset(eos_token_ids), temperature, seed, lineage)
+        return self._stream(prompt, max_tokens, _checked_ends(eos_token_ids, self._n_ids), temperature, seed, lineage)
 
     def sample(
         self,
@@ -173,9 +174,9 @@ class AsyncLM:
     ) -> Coroutine[Any, Any, list[list[int]]]:
         """One sampled continuation for each prompt; equal prompts get different samples. Arguments as in `stream`."""
         seed = sampling.fresh_seed() if seed is None else seed
-        ends = frozenset(eos_token_ids)
         try:
             prompts = self._contexts(prompt_token_ids_list, lora_name)
+            ends = _checked_ends(eos_token_ids, self._n_ids)
         except GenlmError as error:
             return _failed(error)
         streams = [self._stream(prompt, max_tokens, ends, temperature, seed, (i,)) for i, prompt in enumerate(prompts)]
@@ -340,3 +341,11 @@ def _checked_continuation(token_ids: object, n_ids: int) -> tuple[int, ...]:
         return checked_ids(token_ids, n_ids, None)
     except EmptyPrompt:
         return ()
+
+
+def _checked_ends(eos_token_ids: Any, n_ids: int) -> frozenset[int]:
+    """As plain integers: a tensor's elements equal none."""
+    try:
+        return frozenset(map(operator.index, eos_token_ids))
+    except TypeError as error:
+        raise TokenIdError(None, described(eos_token_ids), n_ids, "eos_token_ids") from error

@@ -81,7 +81,9 @@ async def test_a_batch_of_no_prompts(llm: AsyncLM, engine: FakeEngine) -> None:
     assert await llm.batch_sample([], 5, []) == [] and engine.batches == []
 
 
-@pytest.mark.parametrize("kind", [list, tuple, set, frozenset, np.array])
+@pytest.mark.parametrize(
+    "kind", [list, tuple, set, frozenset, np.array, torch.tensor, lambda ids: list(torch.tensor(ids))]
+)
 async def test_the_end_token_ends_the_sample_and_is_not_in_it(llm: AsyncLM, engine: FakeEngine, kind: Any) -> None:
     tokens = await llm.sample(PROMPT, 12, [], seed=1)
     end = tokens[5]

@@ -209,6 +209,15 @@ async def test_a_bad_list_of_prompts_is_named(llm: AsyncLM, engine: FakeEngine, 
     assert {type(error) for error in errors} == {TokenIdError}
 
 
+@pytest.mark.parametrize(
+    "bad", [5, None, "ab", [None], [1, 2.5], [[1]], torch.tensor(1), torch.tensor([1.0]), np.array([1.0])], ids=repr
+)
+async def test_end_tokens_that_are_no_integers_are_named(llm: AsyncLM, engine: FakeEngine, bad: Any) -> None:
+    errors = await refused(llm, engine, llm.sample([1], 2, bad), llm.batch_sample([[1]], 2, bad))
+    assert {type(error) for error in errors} == {TokenIdError}
+    assert all(str(error).startswith("eos_token_ids is ") for error in errors)
+
+
 def test_an_error_says_where_and_what() -> None:
     with pytest.raises(TokenIdError, match=r"token_ids\[2\] is -7 \(int\); expected integers from 0 to 15"):
         checked_ids([1, 2, -7, 99], N_IDS, None)
