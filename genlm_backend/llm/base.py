@@ -267,7 +267,7 @@ class AsyncLM:
         return []
 
     def _contexts(self, token_ids_list: object, lora_name: str | None) -> list[Context]:
-        if not isinstance(token_ids_list, Iterable):
+        if not isinstance(token_ids_list, Iterable) or getattr(token_ids_list, "ndim", 1) == 0:
             raise TokenIdError(None, described(token_ids_list), self._n_ids)
         return [self._context(token_ids, lora_name) for token_ids in token_ids_list]
 

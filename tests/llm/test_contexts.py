@@ -197,7 +197,11 @@ async def test_no_token_is_refused_by_every_entry(llm: AsyncLM, engine: FakeEngi
     assert await llm.sequence_logprob([1], EMPTY[name]()) == 0.0
 
 
-@pytest.mark.parametrize("bad", [None, 5, 1.5, True, "ab", b"ab", Opaque(), [1, 2], {1: 2}, torch.arange(2)], ids=repr)
+@pytest.mark.parametrize(
+    "bad",
+    [None, 5, 1.5, True, "ab", b"ab", Opaque(), [1, 2], {1: 2}, torch.arange(2), torch.tensor(5), np.array(5)],
+    ids=repr,
+)
 async def test_a_bad_list_of_prompts_is_named(llm: AsyncLM, engine: FakeEngine, bad: Any) -> None:
     errors = await refused(
         llm,
