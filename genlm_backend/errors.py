@@ -139,7 +139,7 @@ class WeightsMismatch(InvalidRequest):
 
 
 class InvalidDevice(InvalidRequest):
-    """A trie cannot compute on this device. Data: device, the reason."""
+    """Nothing can be computed on this device. Data: device, the reason."""
 
     @staticmethod
     def message(*data: object) -> str:

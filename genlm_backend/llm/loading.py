@@ -11,12 +11,14 @@ import torch
 
 from genlm_backend.errors import (
     BackendUnavailable,
+    InvalidEngineOption,
     ModelNotFound,
     RemoteCodeRefused,
     UnsafeWeights,
     UnsupportedModel,
 )
 from genlm_backend.llm.demo_model import resolve_model
+from genlm_backend.trie.tries import checked_device
 
 T = TypeVar("T")
 TRUST_PICKLES = "hf_opts={'use_safetensors': False}"
@@ -53,10 +55,16 @@ def load_model(name: str, device: str | None, options: dict[str, Any]) -> Any:
     Raises:
         ModelNotFound, RemoteCodeRefused: As in `load_tokenizer`.
         UnsafeWeights: Only pickled weights are there.
-        UnsupportedModel: transformers knows no causal language model of this kind.
+        UnsupportedModel: transformers knows no causal language model of this kind, or its files are damaged.
+        InvalidDevice: torch knows no such device, or it is not there.
+        InvalidEngineOption: Both a device and a device_map.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    has_map = "device_map" in options
+    if has_map and device is not None:
+        raise InvalidEngineOption("device", device, "a device_map says where the model lies; leave one of them out")
+    on = None if has_map else checked_device(best_device() if device is None else device)
     where = resolve_model(name)
     options = {"use_safetensors": True, "trust_remote_code": False} | options
     dtype = options.pop("torch_dtype", None) or options.get("dtype")
@@ -70,11 +78,11 @@ def load_model(name: str, device: str | None, options: dict[str, Any]) -> Any:
         raise UnsupportedModel(
             f"{name!r} is an encoder-decoder model ({config.model_type})", "use a decoder-only (causal) language model"
         )
-    if "device_map" in options:
+    if has_map:
         _need_accelerate()
     model: Any = _named(name, lambda: AutoModelForCausalLM.from_pretrained(where, **options))
-    if "device_map" not in options:
-        model.to(torch.device(device or best_device()))
+    if on is not None:
+        model.to(on)
         if dtype is None and "quantization_config" not in options and model.device.type == "cpu":
             _widen(model)
     return model.eval()

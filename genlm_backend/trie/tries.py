@@ -296,7 +296,7 @@ class ParallelTokenCharacterTrie(TokenCharacterTrie):
     """
 
     def __init__(self, decode: Sequence[Any], device: torch.device | str | None = None) -> None:
-        on = _checked_device(device)
+        on = checked_device(device)
         super().__init__(decode)
         self._sums = CompiledSums(self.layout, None) if on.type == "cpu" else DeviceSums(self.layout, on)
 
@@ -538,7 +538,12 @@ def _node_masses(mass: Weights | None, n_nodes: int) -> npt.NDArray[np.float64] 
     return as_array(plain).astype(np.float64)
 
 
-def _checked_device(device: torch.device | str | None) -> torch.device:
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, where tensors can be made; None is a GPU if there is one, else the CPU.
+
+    Raises:
+        InvalidDevice: torch knows no such device, or it is not there.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

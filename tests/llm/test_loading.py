@@ -11,11 +11,17 @@ from typing import Any
 import pytest
 import torch
 import typer
-from transformers import PreTrainedTokenizerFast, dynamic_module_utils
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, dynamic_module_utils
 
 from genlm_backend import llm
 from genlm_backend.cli.loading import load
-from genlm_backend.errors import BackendUnavailable, RemoteCodeRefused, UnsafeWeights
+from genlm_backend.errors import (
+    BackendUnavailable,
+    InvalidDevice,
+    InvalidEngineOption,
+    RemoteCodeRefused,
+    UnsafeWeights,
+)
 from genlm_backend.llm import AsyncVirtualLM, MockAsyncLM, load_model_by_name, loading
 from genlm_backend.llm.vllm import core
 from genlm_backend.llm.vllm import model as of_vllm
@@ -134,3 +140,24 @@ def test_a_missing_package_is_told_with_its_command(raised: ImportError, told: s
 
     with pytest.raises(BackendUnavailable, match=told):
         loading._named("some/model", fails)
+
+
+@pytest.fixture
+def no_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_refused_before_the_weights_are_read(
+    no_weights_read: None, tiny_model_folder: Path, device: str
+) -> None:
+    with pytest.raises(InvalidDevice, match="Invalid device"):
+        load_model_by_name(str(tiny_model_folder), "hf", {"device": device})
+
+
+def test_a_device_beside_a_map_of_devices_is_refused(no_weights_read: None, tiny_model_folder: Path) -> None:
+    with pytest.raises(InvalidEngineOption, match=r"device='cpu': .*device_map"):
+        load_model_by_name(str(tiny_model_folder), "hf", {"device": "cpu", "hf_opts": {"device_map": "auto"}})
