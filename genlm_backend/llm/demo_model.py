@@ -67,12 +67,13 @@ def resolve_model(name: str | os.PathLike[str], progress: ProgressCallback | Non
     text = os.fspath(name)
     if text == DEMO_NAME:
         return demo_model_path(progress)
-    path = Path(text).expanduser()
+    # by os.path: Path raises for the home of nobody and for a name of thousands of letters
+    path = Path(os.path.expanduser(text))
     if path.suffix.lower() == ".gguf":
         return convert_gguf(path, progress)
-    if text and path.is_dir():
+    if text and os.path.isdir(path):
         return path.absolute()  # so that what comes out means the same when it is resolved again
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelNotFound(text, "it is a file; give the folder it lies in, or a .gguf file")
     if not isinstance(name, str) or _can_only_be_a_path(text):
         raise ModelNotFound(text, f"there is no folder {path}; check the path")
@@ -113,15 +114,18 @@ def convert_gguf(path: str | os.PathLike[str], progress: ProgressCallback | None
     in float32, and disk for it in bfloat16. Processes and threads that ask together convert once; the others wait.
 
     Raises:
-        ModelNotFound: there is no such file, or the cache folder cannot be written.
+        ModelNotFound: there is no such file, it cannot be read, or the cache folder cannot be written.
         BackendUnavailable: gguf or accelerate is missing.
         UnsupportedModel: the file is broken, or of a kind transformers cannot read.
     """
-    source = Path(path).expanduser()
+    source = Path(os.path.expanduser(path))
     tell = progress or _ignore
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise ModelNotFound(os.fspath(path), "there is no such file; check the path")
-    target = models_folder() / _cache_name(source)
+    try:
+        target = models_folder() / _cache_name(source)
+    except OSError as error:
+        raise ModelNotFound(os.fspath(path), f"the file cannot be read ({error}); check its permissions") from error
     if _is_whole(target):
         return target
     _require_converter(source)
@@ -144,7 +148,7 @@ def convert_gguf(path: str | os.PathLike[str], progress: ProgressCallback | None
 def models_folder() -> Path:
     """Where converted models are kept: `models` in `$GENLM_CACHE`, or in the user's cache folder."""
     chosen = os.environ.get("GENLM_CACHE")
-    return Path(chosen or user_cache_dir("genlm_backend")).expanduser() / "models"
+    return Path(os.path.expanduser(chosen or user_cache_dir("genlm_backend"))) / "models"
 
 
 @contextmanager

@@ -35,6 +35,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     Raises:
         ModelNotFound: There is none by this name.
         RemoteCodeRefused: It brings code of its own.
+        UnsupportedModel: transformers cannot read it, or its files are damaged.
     """
     from transformers import AutoTokenizer
 
@@ -110,6 +111,7 @@ def best_device() -> str:
 def _named(name: str, load: Callable[[], T]) -> T:
     """What `load` returns; what transformers raises, by cause."""
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     try:
         return load()
@@ -125,6 +127,11 @@ def _named(name: str, load: Callable[[], T]) -> T:
         if isinstance(error, ValueError | StrictDataclassError):
             raise UnsupportedModel(f"transformers cannot load {name!r}: {first[:300]}", REMEDY) from error
         raise BackendUnavailable(f"a package that {name!r} needs ({first[:200]})", _install_command(error)) from error
+    except Exception as error:
+        if type(error) not in (SafetensorError, Exception):  # the latter is what the tokenizers library raises
+            raise
+        what = f"the files of {name!r} are damaged, or of a newer format ({str(error)[:200]})"
+        raise UnsupportedModel(what, "fetch them again") from error
 
 
 def _install_command(error: ImportError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -25,6 +26,7 @@ from genlm_backend.llm.demo_model import convert_gguf, find_demo_gguf, models_fo
 from tests.tiny_tokenizer import build_tokenizer
 
 N_VOCAB, HIDDEN, HEADS, LAYERS = 320, 32, 2, 1
+ODD_NAMES = ["~nobody-here/x", "~nobody-here/x.gguf", "x" * 5000 + ".gguf", "/" + "x" * 5000]
 needs_gguf = pytest.mark.skipif(
     importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None,
     reason="needs gguf and accelerate: pip install gguf accelerate",
@@ -125,7 +127,11 @@ class TestNames:
         (tmp_path / "my-model").mkdir()
         assert resolve_model("~/my-model") == tmp_path / "my-model"
 
-    @pytest.mark.parametrize("name", ["./nothing", "/no/such/folder", "~/nothing", "a/b/c", "", "no.gguf", "a/b.GGUF"])
+    @pytest.mark.parametrize(
+        "name",
+        ["./nothing", "/no/such/folder", "~/nothing", "a/b/c", "", "no.gguf", "a/b.GGUF", *ODD_NAMES],
+        ids=lambda name: name[:20],
+    )
     def test_a_path_to_nothing_is_not_taken_for_a_hugging_face_id(self, name: str) -> None:
         with pytest.raises(ModelNotFound, match="check the path"):
             resolve_model(name)
@@ -332,6 +338,16 @@ class TestConversion:
         monkeypatch.setenv("GENLM_CACHE", str(tmp_path / "a-file"))
         with pytest.raises(ModelNotFound, match="set GENLM_CACHE"):
             convert_gguf(tiny_gguf)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "x.gguf").write_bytes(b"")
+    monkeypatch.setattr(hashlib, "file_digest", refuse)
+    with pytest.raises(ModelNotFound, match=r"cannot be read.*Permission denied"):
+        resolve_model(str(tmp_path / "x.gguf"))
 
 
 def test_the_cache_folder_is_read_from_the_environment_when_asked(

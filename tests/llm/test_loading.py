@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,10 @@ from genlm_backend.errors import (
     BackendUnavailable,
     InvalidDevice,
     InvalidEngineOption,
+    ModelNotFound,
     RemoteCodeRefused,
     UnsafeWeights,
+    UnsupportedModel,
 )
 from genlm_backend.llm import AsyncVirtualLM, MockAsyncLM, load_model_by_name, loading
 from genlm_backend.llm.vllm import core
@@ -161,3 +164,30 @@ def test_a_device_that_is_not_there_is_refused_before_the_weights_are_read(
 def test_a_device_beside_a_map_of_devices_is_refused(no_weights_read: None, tiny_model_folder: Path) -> None:
     with pytest.raises(InvalidEngineOption, match=r"device='cpu': .*device_map"):
         load_model_by_name(str(tiny_model_folder), "hf", {"device": "cpu", "hf_opts": {"device_map": "auto"}})
+
+
+@pytest.mark.parametrize(
+    ("file", "damaged"),
+    [
+        ("model.safetensors", lambda content: content[:1000]),
+        ("model.safetensors", lambda content: content[:-1000]),
+        ("model.safetensors", lambda content: b""),
+        ("model.safetensors", lambda content: bytes(len(content))),
+        ("tokenizer.json", lambda content: content[:1000]),
+        ("tokenizer.json", lambda content: b""),
+        ("tokenizer.json", lambda content: b'{"model": 3, "added_tokens": []}'),
+        ("config.json", lambda content: content[:50]),
+        ("tokenizer_config.json", lambda content: content[:50]),
+    ],
+)
+def test_a_damaged_file_is_named(tiny_model_folder: Path, tmp_path: Path, file: str, damaged: Any) -> None:
+    folder = tmp_path / "harmed"
+    shutil.copytree(tiny_model_folder, folder)
+    (folder / file).write_bytes(damaged((folder / file).read_bytes()))
+    with pytest.raises((UnsupportedModel, ModelNotFound), match="harmed"):
+        load_model_by_name(str(folder), "hf")
+
+
+def test_a_name_of_thousands_of_letters_is_no_model() -> None:
+    with pytest.raises((UnsupportedModel, ModelNotFound)):
+        load_model_by_name("x" * 5000, "mock")
