@@ -668,7 +668,8 @@ def _stacked(masks: Sequence[Mask], device: torch.device) -> torch.Tensor:
 
 
 def _as_tensor(mask: Mask) -> torch.Tensor:
-    if isinstance(mask, np.ndarray) and not mask.flags.writeable:  # torch warns of sharing read-only memory
+    # torch warns of sharing read-only memory, and has no negative strides
+    if isinstance(mask, np.ndarray) and (not mask.flags.carray or min(mask.strides, default=0) < 0):
         mask = mask.copy()
     return torch.as_tensor(mask)
 

@@ -246,6 +246,8 @@ def test_masks_may_be_one_table_or_one_per_row():
         assert torch.equal(draw(rows, keys, None, mixed), expected)
         assert torch.equal(draw(rows, keys, None, table.numpy()), expected)
         assert torch.equal(draw(rows, keys, None, table.t().contiguous().t()), expected)
+        assert torch.equal(draw(rows, keys, None, table.numpy()[::-1, ::-1].copy()[::-1, ::-1]), expected)
+        assert torch.equal(draw(rows[:1], keys[:1], None, table.numpy()[:1][::-1]), expected[:1])
         assert torch.equal(draw(rows, keys, None, [None] * n), draw(rows, keys))
 
 

@@ -189,9 +189,7 @@ class DeviceSums:
     def rows(self, weights: Weights, n_dimensions: int, copy: bool = False) -> torch.Tensor:
         """(n, n_tokens) float32 or float64, on the device."""
         checked = checked_rows(weights, self._layout.n_tokens, n_dimensions)
-        tensor = (
-            checked if isinstance(checked, torch.Tensor) else torch.from_numpy(np.require(checked, requirements="W"))
-        )
+        tensor = _as_tensor(checked)
         moved = tensor.to(self.device, torch.float32 if self.device.type == "mps" else tensor.dtype)
         is_shared = isinstance(weights, torch.Tensor | np.ndarray) and moved.data_ptr() == tensor.data_ptr()
         return moved.clone() if copy and is_shared else moved
@@ -436,9 +434,17 @@ def _stacked(rows: list[torch.Tensor | Rows]) -> torch.Tensor:
     shapes = sorted({tuple(row.shape) for row in rows})
     if len(shapes) > 1:
         raise WeightsMismatch(f"rows of shapes {', '.join(map(str, shapes))}", "rows of one shape")
-    tensors = [row if isinstance(row, torch.Tensor) else torch.from_numpy(row) for row in rows]
+    tensors = [_as_tensor(row) for row in rows]
     widest = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     return torch.stack([tensor.to(tensors[0].device, widest) for tensor in tensors])
+
+
+def _as_tensor(rows: torch.Tensor | Rows) -> torch.Tensor:
+    if isinstance(rows, torch.Tensor):
+        return rows
+    if not rows.flags.carray or min(rows.strides, default=0) < 0:  # torch has no such strides, and warns of read-only
+        rows = rows.copy()
+    return torch.from_numpy(rows)
 
 
 _IDENTITY: dict[Reduction, float] = {"sum": 0.0, "max": -np.inf, "logsumexp": -np.inf}

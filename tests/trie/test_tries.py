@@ -250,10 +250,17 @@ def test_lists_arrays_and_tensors_are_the_same(kind: Callable[[Any], TokenCharac
         "needs a gradient": torch.tensor(nested, requires_grad=True),
         "expanded": torch.tensor(nested)[:, :, None].expand(3, 4, 2)[..., 1],
     }
+    backwards = array[::-1, ::-1].copy()[::-1, ::-1]
+    packed = np.zeros(array.shape, "u1, f8")
+    packed["f1"] = array
+    forms |= {"backwards": backwards, "rows backwards": list(backwards), "packed": packed["f1"]}
+    forms["mixed, backwards"] = [torch.tensor(nested[0]), backwards[1], nested[2]]
     read_only = array.copy()
     read_only.flags.writeable = False
     for name, form in (forms | {"read-only": read_only}).items():
         np.testing.assert_array_equal(trie.batch_mass_sum(form), expected, name)
+    np.testing.assert_array_equal(trie.batch_mass_sum(array[:1][::-1]), expected[:1], "one row, backwards")
+    np.testing.assert_array_equal(trie.mass_sum(backwards[0]), expected[0])
     assert trie.batch_mass_sum([]).shape == (0, 13)
     assert trie.batch_weight_max(np.empty((0, 4))).shape == (0, 13)
 
