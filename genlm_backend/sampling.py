@@ -212,11 +212,12 @@ def top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         InvalidQuery: The rows are no float matrix, or `k` does not fit them.
     """
-    if rows.ndim != 2 or not rows.is_floating_point() or not 1 <= k <= rows.shape[1]:
+    if rows.ndim != 2 or not rows.is_floating_point() or not _is_count(k) or k > rows.shape[1]:
         shape = tuple(rows.shape)
         raise InvalidQuery(
-            f"top_k was given {rows.dtype} of shape {shape} and k={k!r}; expected float (n, vocab), k <= vocab"
+            f"top_k was given {rows.dtype} of shape {shape} and k={k!r}; expected float (n, vocab), k from 1 to vocab"
         )
+    k = int(k)
     if rows.device.type != "cpu":
         return _top_k_plainly(rows.float(), k)
     from genlm_backend import race
@@ -395,12 +396,16 @@ def check_kept(kept: Kept) -> None:
         InvalidQuery: One is.
     """
     top_k, top_p, min_p = kept
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InvalidQuery(f"top_k is {top_k!r}; expected 1 or more, or None for all tokens")
+    if top_k is not None and not _is_count(top_k):
+        raise InvalidQuery(f"top_k is {top_k!r}; expected an integer of 1 or more, or None for all tokens")
     if top_p is not None and not (isinstance(top_p, _NUMBERS) and 0.0 < top_p <= 1.0):
         raise InvalidQuery(f"top_p is {top_p!r}; expected above 0 and at most 1, or None")
     if min_p is not None and not (isinstance(min_p, _NUMBERS) and 0.0 <= min_p <= 1.0):
         raise InvalidQuery(f"min_p is {min_p!r}; expected 0 to 1, or None")
+
+
+def _is_count(k: object) -> bool:
+    return isinstance(k, int | np.integer) and not isinstance(k, bool) and bool(k >= 1)
 
 
 def _draw_filtered_plainly(
@@ -469,11 +474,11 @@ def keep_top_k(logprobs: torch.Tensor, k: int) -> torch.Tensor:
         (..., vocab) float32, nats, -inf elsewhere; fewer than `k` are left where fewer were possible.
 
     Raises:
-        InvalidQuery: If `k` is below 1.
+        InvalidQuery: If `k` is no integer, or below 1.
     """
-    if k < 1:
-        raise InvalidQuery(f"keep_top_k was given k={k!r}; expected 1 or more")
-    exact = _exact(logprobs)
+    if not _is_count(k):
+        raise InvalidQuery(f"keep_top_k was given k={k!r}; expected an integer of 1 or more")
+    k, exact = int(k), _exact(logprobs)
     if k >= exact.shape[-1]:
         return _renormalised(exact)
     border = exact.topk(k, dim=-1).values[..., -1:]

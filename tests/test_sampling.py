@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -633,6 +634,7 @@ def test_filters_agree_with_a_plain_loop(row: list[float], k: int, p: float, min
         lambda: sampling.with_temperature(ROW, math.nan),
         lambda: sampling.with_temperature(ROW, math.inf),
         lambda: sampling.keep_top_k(ROW, 0),
+        lambda: sampling.keep_top_k(ROW, 2.0),
         lambda: sampling.keep_top_p(ROW, 0.0),
         lambda: sampling.keep_top_p(ROW, 1.1),
         lambda: sampling.keep_top_p(ROW, math.nan),
@@ -693,7 +695,16 @@ def test_top_k_where_rows_are_not_on_the_cpu_keeps_the_same_tokens(k: int) -> No
     assert values.tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("k", [0, -1, 9, 10**6])
-def test_a_k_that_does_not_fit_is_refused(k: int) -> None:
+@pytest.mark.parametrize("k", [0, -1, 9, 10**6, 2.0, True, None])
+def test_a_k_that_does_not_fit_is_refused(k: Any) -> None:
     with pytest.raises(InvalidQuery, match=f"k={k}"):
         sampling.top_k(torch.zeros(2, 8), k)
+
+
+@pytest.mark.parametrize("k", [3, np.int64(3), np.uint8(3)])
+def test_a_k_may_be_an_integer_of_numpy(k: int) -> None:
+    rows = some_rows(2, 50, 0)
+    assert all(map(torch.equal, sampling.top_k(rows, k), sampling.top_k(rows, 3)))
+    assert torch.equal(sampling.keep_top_k(rows, k), sampling.keep_top_k(rows, 3))
+    drawn = [sampling.draw_filtered(rows, [0, 1], [1, 2], [sampling.Kept(some_k)] * 2) for some_k in (k, 3)]
+    assert all(map(torch.equal, *drawn))
