@@ -53,6 +53,12 @@ async def test_what_the_coroutine_raises_comes_out(error: BaseException) -> None
     assert await give(1) == 1
 
 
+def test_an_error_comes_without_another_one_above_it() -> None:
+    with pytest.raises(ValueError) as caught:
+        run_sync(fail(ValueError("x")))
+    assert caught.value.__context__ is None
+
+
 async def test_context_variables_are_those_of_the_caller() -> None:
     async def look() -> str:
         return name.get()
