@@ -66,7 +66,7 @@ class _Absent:
     """An engine of genlm-backend that this package does not have."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        raise BackendUnavailable(type(self).__name__, "use AsyncTransformer; genlm_backend has no such engine")
+        raise BackendUnavailable(type(self).__name__, None, "AsyncTransformer")
 
     @classmethod
     def from_name(cls, *args: object, **kwargs: object) -> Self:

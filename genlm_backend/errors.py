@@ -201,11 +201,13 @@ class UnknownTrieBackend(UnknownBackend):
 
 
 class BackendUnavailable(GenlmError, ImportError):
-    """An optional package is missing. Data: what needs it, the install command."""
+    """An optional package is missing. Data: what needs it, the install command; or None, and what to use instead."""
 
     @staticmethod
     def message(*data: object) -> str:
-        what, command = data
+        what, command, *instead = data
+        if command is None:
+            return f"{what} is no part of genlm_backend; use {instead[0]}"
         return f"{what} is not installed; install it with: {command}"
 
 
