@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import math
 import warnings
@@ -179,7 +178,6 @@ async def test_a_judge_that_fails_or_is_cancelled_leaves_no_other_unasked(is_can
             with pytest.raises(asyncio.CancelledError if is_cancelled else ZeroDivisionError):
                 await task
             del task
-        gc.collect()
     assert [str(warning.message) for warning in caught] == []
 
 
