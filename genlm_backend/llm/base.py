@@ -138,7 +138,8 @@ class AsyncLM:
         Args:
             prompt_token_ids: What to continue.
             max_tokens: Most tokens to yield.
-            eos_token_ids: Token ids that end the sample: integers as any collection, array or tensor.
+            eos_token_ids: Token ids that end the sample: integers as any collection, array or tensor. None among them,
+                the end token of a tokenizer that has none, ends nothing.
             temperature: Divides the log-probabilities; 0 is greedy.
             seed: Equal seeds give equal samples whatever else runs; None takes a fresh one.
             lora_name: The adapter.
@@ -346,6 +347,6 @@ def _checked_continuation(token_ids: object, n_ids: int) -> tuple[int, ...]:
 def _checked_ends(eos_token_ids: Any, n_ids: int) -> frozenset[int]:
     """As plain integers: a tensor's elements equal none."""
     try:
-        return frozenset(map(operator.index, eos_token_ids))
+        return frozenset(operator.index(token_id) for token_id in eos_token_ids if token_id is not None)
     except TypeError as error:
         raise TokenIdError(None, described(eos_token_ids), n_ids, "eos_token_ids") from error

@@ -90,6 +90,12 @@ async def test_the_end_token_ends_the_sample_and_is_not_in_it(llm: AsyncLM, engi
     assert await llm.sample(PROMPT, 12, kind([end, N_VOCAB + 5]), seed=1) == tokens[: tokens.index(end)]
 
 
+async def test_the_end_token_of_a_tokenizer_that_has_none_ends_nothing(llm: AsyncLM) -> None:
+    """As a program for genlm-backend hands it on: `[llm.tokenizer.eos_token_id]`."""
+    without = [None]
+    assert await llm.sample(PROMPT, 12, without, seed=1) == await llm.sample(PROMPT, 12, [], seed=1)  # type: ignore
+
+
 async def test_no_tokens_asked_for(llm: AsyncLM, engine: FakeEngine) -> None:
     assert await llm.sample(PROMPT, 0, []) == [] and engine.batches == []
 
