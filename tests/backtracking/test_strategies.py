@@ -258,7 +258,7 @@ def repeats(text):
     return any(a == b for a, b in itertools.pairwise(text))
 
 
-@pytest.mark.parametrize("in_chain", [False, True])
+@pytest.mark.parametrize("in_chain", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_a_strategy_of_a_users_runs_alone_and_64_at_once(in_chain):
     llm = model(otherwise={"a": 0.5, " it": 0.3, ".": 0.2})
     own = NoRepeat(llm)

@@ -370,6 +370,7 @@ def test_a_procedure_is_refused_by_name_where_it_has_no_law():
         walk(toy.SMALL.model(), [0], Replace("a", "b"), mode="exact")
 
 
+@pytest.mark.thorough
 def test_noise_at_some_tokens_is_that_of_a_draw():
     rng = np.random.default_rng(0)
     ids = rng.permutation(49152)[:50]

@@ -152,6 +152,7 @@ def test_a_wrong_answer_is_noticed(block: Block, masks: torch.Tensor) -> None:
             check(outcome, query, block, row)
 
 
+@pytest.mark.thorough
 def test_every_pair_of_queries_can_share_a_batch(block: Block, masks: torch.Tensor) -> None:
     queries = [check_query(query, N_VOCAB) for query in queries_for(1, masks)]
     for first, second in itertools.product(queries, repeat=2):

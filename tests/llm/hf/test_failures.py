@@ -20,7 +20,7 @@ BAD = 13
 TRUNK = [40, 41, 42, 43]
 
 
-@pytest.fixture(params=["llama", "bloom"])
+@pytest.fixture(params=["llama", pytest.param("bloom", marks=pytest.mark.thorough)])
 def llm(request: pytest.FixtureRequest, wrap: Callable[..., AsyncTransformer]) -> AsyncTransformer:
     """Packed, and on transformers' own cache."""
     if request.param == "llama":

@@ -62,9 +62,9 @@ async def test_constructor_options_are_passed_on(folder: Path) -> None:
     [
         (None, torch.float32),
         ({"dtype": torch.bfloat16}, torch.bfloat16),
-        ({"dtype": "bfloat16"}, torch.bfloat16),
-        ({"torch_dtype": torch.bfloat16}, torch.bfloat16),
-        ({"torch_dtype": "auto"}, torch.float32),
+        pytest.param({"dtype": "bfloat16"}, torch.bfloat16, marks=pytest.mark.thorough),
+        pytest.param({"torch_dtype": torch.bfloat16}, torch.bfloat16, marks=pytest.mark.thorough),
+        pytest.param({"torch_dtype": "auto"}, torch.float32, marks=pytest.mark.thorough),
     ],
 )
 def test_the_type_is_the_checkpoints_own_unless_given(hf_opts: Any, dtype: torch.dtype, folder: Path) -> None:

@@ -19,7 +19,7 @@ from tests.llm.hf.walks import TINY_NATS, plain_row, random_ids, small
 PROMPT = random_ids(random.Random(7), 12)
 
 
-@pytest.fixture(params=["llama", "bloom"])
+@pytest.fixture(params=["llama", pytest.param("bloom", marks=pytest.mark.thorough)])
 def llm(request: pytest.FixtureRequest, wrap: Callable[..., AsyncTransformer]) -> AsyncTransformer:
     """Packed, and on transformers' own cache."""
     if request.param == "llama":

@@ -95,7 +95,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.n_tokens == len(self.prefixes())
 
 
-TestLedger = LedgerMachine.TestCase
+TestLedger = pytest.mark.thorough(LedgerMachine.TestCase)
 TestLedger.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
