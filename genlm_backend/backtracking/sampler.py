@@ -81,7 +81,6 @@ class TokenStream:
         self._n_read = 0
         self._runner: asyncio.Runner | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._reading: asyncio.Task[Any] | None = None
         self._is_closed = False
 
     def __iter__(self) -> Iterator[int]:
@@ -91,20 +90,14 @@ class TokenStream:
         try:
             if self._runner is None:
                 self._runner = asyncio.Runner()
-            token_id: int = self._call(self._runner.run, self._read())
+            token_id: int = self._call(self._runner.run, self.__anext__())
             return token_id
         except StopAsyncIteration:
             self.close()
             raise StopIteration from None
         except BaseException:
-            if self._thread is not None and self._reading is not None:  # Ctrl-C reaches this thread only
-                self._reading.get_loop().call_soon_threadsafe(self._reading.cancel)
             self.close()
             raise
-
-    async def _read(self) -> int:
-        self._reading = asyncio.current_task()
-        return await self.__anext__()
 
     def __aiter__(self) -> AsyncIterator[int]:
         return self
@@ -131,7 +124,7 @@ class TokenStream:
     def close(self) -> None:
         """Read no more."""
         self._finish()
-        runner, self._runner, self._reading = self._runner, None, None
+        runner, self._runner = self._runner, None
         if runner is not None:
             self._call(runner.close)
         if self._thread is not None:
@@ -172,12 +165,12 @@ class TokenStream:
                 _IN_USE.give_back(strategy)
 
     def _call(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call what runs a loop of this stream's own: in a thread of its own once this one's loop was seen running."""
+        """Call what runs this stream's own loop, in another thread where this one's loop is running."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return work(*arguments)
         if self._thread is None:
-            try:
-                asyncio.get_running_loop()
-            except RuntimeError:
-                return work(*arguments)
             self._thread = ThreadPoolExecutor(1, "genlm-token-stream")
         return self._thread.submit(work, *arguments).result()
 

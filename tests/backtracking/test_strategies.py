@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import signal
 import sys
 import threading
 
@@ -587,24 +586,6 @@ def test_a_stream_begun_outside_a_running_loop_goes_on_and_ends_inside_one(end):
     for stream in streams:
         stream.close()
         assert list(stream) == []
-
-
-def test_ctrl_c_inside_a_running_loop_ends_what_is_waited_for():
-    async def ask(options, text):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        await asyncio.Event().wait()  # for ever
-
-    llm = model(otherwise={"a": 0.5, "c": 0.5})
-    stream = BacktrackSampler(llm, HumanGuidanceStrategy(llm, ask=ask)).generate("<p>", max_new_tokens=3, seed=0)
-
-    async def inside():
-        next(stream)
-
-    loop = asyncio.new_event_loop()  # as in a notebook: `asyncio.run` would take the first Ctrl-C for itself
-    with pytest.raises(KeyboardInterrupt):
-        loop.run_until_complete(inside())
-    loop.close()
-    assert list(stream) == []
 
 
 def test_lengths():
