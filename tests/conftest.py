@@ -83,13 +83,15 @@ def tiny_model_folder(
 
 
 @pytest.fixture(autouse=True)
-def random_state_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     """Every test draws the same each time, also where it gives no seed, and leaves torch's default type as it was."""
     state = torch.random.get_rng_state()
     dtype = torch.get_default_dtype()
     torch.manual_seed(0)
-    monkeypatch.setattr(sampling, "fresh_seed", itertools.count(1).__next__)
-    yield
+    # Not by the fixture `monkeypatch`: this one would be what brings it up, and so undoes it after all other fixtures.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "fresh_seed", itertools.count(1).__next__)
+        yield
     torch.random.set_rng_state(state)
     assert torch.get_default_dtype() == dtype
 
