@@ -54,8 +54,12 @@ class HalfLinear(PackedLinear):
         bias = None if linear.bias is None else linear.bias.detach().float() * scale
         self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float() * scale, bias)
         self.scale = scale
+        # One row of 16 bits torch itself multiplies as fast, without changing types. A mapped file stays mapped anyway.
+        self.of_one_row = None if linear.weight.dtype == torch.float32 else (linear.weight.detach(), linear.bias)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.of_one_row is not None and rows.numel() == self.in_features:
+            return nn.functional.linear(rows, *self.of_one_row)
         out: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(rows.float(), self.packed)
         return (out if self.scale == 1 else out.div_(self.scale)).to(rows.dtype)
 
