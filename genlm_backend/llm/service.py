@@ -17,6 +17,7 @@ import torch
 
 from genlm_backend.batching import Batcher, Job
 from genlm_backend.cache.row_memo import Block, RowMemo
+from genlm_backend.cache.row_memory import RowMemory
 from genlm_backend.errors import EvaluationFailed, GenlmError, NonFiniteLogits
 from genlm_backend.llm.queries import LogNormalizer, Query, answer
 
@@ -103,6 +104,7 @@ class Service:
         self.engine = engine
         self.n_vocab = n_vocab
         self.memo = RowMemo(row_memo_bytes)
+        self._memory = RowMemory()
         self.batcher = Batcher(self._evaluate, batch_size=batch_size, explain=_explain)
         self.n_requests = 0
         self.n_row_hits = 0
@@ -160,6 +162,7 @@ class Service:
                 return
         self.batcher.close(timeout_s=None)
         self.memo.clear()
+        self._memory.clear()
         self.engine.close()
 
     def _evaluate(self, jobs: Sequence[Job]) -> list[list[Any]]:
@@ -182,9 +185,10 @@ class Service:
         logits = self.engine.evaluate(contexts)  # type: ignore[arg-type]
         if len(logits) != len(contexts):
             raise RuntimeError(f"the engine gave {len(logits)} rows for {len(contexts)} contexts")
-        block = normalize(logits, self.n_vocab)
+        block = normalize(logits, self.n_vocab, self._memory)
         finite = [row for row, value in enumerate(block.log_normalizers) if math.isfinite(value)]
         self.memo.put([contexts[row] for row in finite], finite, block, generation)
+        self._memory.trim(self.memo.budget_bytes - self.memo.n_bytes)
         is_finite = set(finite)
         asked = [(row, query) for row in finite for query in jobs[row].questions]
         answers = iter(answer(block, asked))
@@ -196,11 +200,12 @@ class Service:
         ]
 
 
-def normalize(logits: torch.Tensor, n_vocab: int) -> Block:
+def normalize(logits: torch.Tensor, n_vocab: int, memory: RowMemory | None = None) -> Block:
     """Log-probabilities over `n_vocab` tokens, in float32 whatever the dtype of the logits.
 
     Args:
         logits: `(batch, n_logits)`. Columns beyond `n_vocab` are padding and dropped; missing ones become -inf.
+        memory: Where the rows are to be, on a CPU; None takes memory of their own.
 
     Returns:
         Rows `(batch, n_vocab)` float32 nats, and their log-normalisers. A row with NaN, +inf or no finite logit has a
@@ -210,13 +215,21 @@ def normalize(logits: torch.Tensor, n_vocab: int) -> Block:
     n_missing = n_vocab - logits.shape[1]
     if n_missing:
         logits = torch.nn.functional.pad(logits, (0, n_missing), value=-math.inf)
-    logprobs = torch.log_softmax(logits, -1, dtype=torch.float32)
+    logprobs = _log_softmax(logits, memory or RowMemory())
     log_normalizers = logits[:, 0].float() - logprobs[:, 0]
     unknown = ~(logprobs[:, 0] > -_PRECISE_NATS)
     if unknown.any():  # the first token is too improbable, or the row is not finite: take the most probable token
         best = logits[unknown].float().max(-1)
         log_normalizers[unknown] = best.values - logprobs[unknown].gather(1, best.indices[:, None])[:, 0]
     return Block(logprobs, log_normalizers.tolist())
+
+
+def _log_softmax(logits: torch.Tensor, memory: RowMemory) -> torch.Tensor:
+    """In float32; on the CPU in place, where also logits of 16 bits need no second float32 tensor."""
+    if logits.device.type != "cpu":
+        return torch.log_softmax(logits, -1, dtype=torch.float32)
+    rows = memory.empty(logits.shape).copy_(logits)
+    return torch.log_softmax(rows, -1, out=rows)
 
 
 def _is_prefill(job: Job) -> bool:

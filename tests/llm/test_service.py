@@ -137,6 +137,21 @@ async def test_without_a_memo_everything_is_computed(load: Load) -> None:
     assert len(engine.batches) == 3 and llm.statistics().row_hits == 0
 
 
+async def test_a_batch_is_put_where_forgotten_rows_were(load: Load) -> None:
+    engine, llm = load(row_memo_bytes=2 * 4 * N_VOCAB)
+    where = set()
+    for i in range(12):
+        ids = [[1, 1 + i % 3], [2, 1 + i % 3]]
+        rows = await llm.batch_next_token_logprobs(ids)
+        assert same(rows, torch.stack([engine.row(one) for one in ids]))
+        block = llm._service.memo.get(Context(None, tuple(ids[0])))
+        assert block is not None
+        where.add(block.logprobs.untyped_storage().data_ptr())
+        if i % 4 == 3:
+            llm.clear_cache()
+    assert len(where) <= 2, "one that is remembered, one that is spare"
+
+
 async def test_clearing_while_requests_run_changes_no_answer(load: Load) -> None:
     engine, llm = load(is_open=False)
     asked = [ask(llm, 1), ask(llm, 2)]
@@ -698,6 +713,16 @@ def test_log_probability_plus_normaliser_is_the_logit(dtype: torch.dtype, first:
     assert log_normalizers == pytest.approx(used.logsumexp(-1).tolist(), abs=1e-5)
     back = logprobs[:, :n].double() + torch.tensor(log_normalizers)[:, None].double()
     assert torch.allclose(back, used, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50_001), (50, 4_096), (3, 7)])
+def test_normalising_in_place_is_log_softmax(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    logits = (4 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    before = logits.clone()
+    rows = normalize(logits, shape[1]).logprobs
+    assert torch.equal(rows, before.log_softmax(-1, dtype=torch.float32))
+    assert torch.equal(logits, before), "logits stay the engine's"
 
 
 @pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e9, -1e30])
