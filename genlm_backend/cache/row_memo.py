@@ -70,14 +70,18 @@ class RowMemo:
         with self._lock:
             if generation not in (None, self.generation):
                 return
-            while self._blocks and self.n_bytes + n_bytes > self.budget_bytes:
-                self._forget_oldest()
+            self._make_room(n_bytes)
             block_id = self._next_id
             self._next_id += 1
             self._blocks[block_id] = _Held(block, list(keys), n_bytes)
             self.n_bytes += n_bytes
             for key, row in zip(keys, rows, strict=True):
                 self._where[key] = (block_id, row)
+
+    def make_room(self, n_bytes: int) -> None:
+        """Forget what would have to go for rows of so many bytes: where it was, they may be computed."""
+        with self._lock:
+            self._make_room(n_bytes)
 
     def clear(self) -> None:
         """Forget every row, also those that are being computed now."""
@@ -91,6 +95,10 @@ class RowMemo:
         """Number of keys known."""
         with self._lock:
             return len(self._where)
+
+    def _make_room(self, n_bytes: int) -> None:
+        while self._blocks and self.n_bytes + n_bytes > self.budget_bytes:
+            self._forget_oldest()
 
     def _forget_oldest(self) -> None:
         block_id, held = self._blocks.popitem(last=False)

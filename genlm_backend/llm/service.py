@@ -104,7 +104,7 @@ class Service:
         self.engine = engine
         self.n_vocab = n_vocab
         self.memo = RowMemo(row_memo_bytes)
-        self._memory = RowMemory()
+        self._memory = RowMemory(row_memo_bytes + row_memo_bytes // 4)  # gaps included
         self.batcher = Batcher(self._evaluate, batch_size=batch_size, explain=_explain)
         self.n_requests = 0
         self.n_row_hits = 0
@@ -162,7 +162,7 @@ class Service:
                 return
         self.batcher.close(timeout_s=None)
         self.memo.clear()
-        self._memory.clear()
+        self._memory.release()
         self.engine.close()
 
     def _evaluate(self, jobs: Sequence[Job]) -> list[list[Any]]:
@@ -185,10 +185,10 @@ class Service:
         logits = self.engine.evaluate(contexts)  # type: ignore[arg-type]
         if len(logits) != len(contexts):
             raise RuntimeError(f"the engine gave {len(logits)} rows for {len(contexts)} contexts")
+        self.memo.make_room(4 * len(logits) * self.n_vocab)
         block = normalize(logits, self.n_vocab, self._memory)
         finite = [row for row, value in enumerate(block.log_normalizers) if math.isfinite(value)]
         self.memo.put([contexts[row] for row in finite], finite, block, generation)
-        self._memory.trim(self.memo.budget_bytes - self.memo.n_bytes)
         is_finite = set(finite)
         asked = [(row, query) for row in finite for query in jobs[row].questions]
         answers = iter(answer(block, asked))
@@ -215,7 +215,7 @@ def normalize(logits: torch.Tensor, n_vocab: int, memory: RowMemory | None = Non
     n_missing = n_vocab - logits.shape[1]
     if n_missing:
         logits = torch.nn.functional.pad(logits, (0, n_missing), value=-math.inf)
-    logprobs = _log_softmax(logits, memory or RowMemory())
+    logprobs = _log_softmax(logits, memory or RowMemory(0))
     log_normalizers = logits[:, 0].float() - logprobs[:, 0]
     unknown = ~(logprobs[:, 0] > -_PRECISE_NATS)
     if unknown.any():  # the first token is too improbable, or the row is not finite: take the most probable token

@@ -13,14 +13,17 @@ import torch
 from genlm_backend.cache.row_memory import RowMemory
 
 
-def test_memory_comes_back_when_its_tensor_is_gone() -> None:
-    memory = RowMemory()
+def place(rows: torch.Tensor) -> int:
+    return rows.untyped_storage().data_ptr()
+
+
+def test_memory_is_used_again_when_its_tensor_is_gone() -> None:
+    memory = RowMemory(4 * 20)
     rows = memory.empty((3, 5))
-    assert rows.shape == (3, 5) and rows.dtype == torch.float32 and memory.n_bytes == 0
-    where = rows.data_ptr()
+    assert rows.shape == (3, 5) and rows.dtype == torch.float32
+    where = place(rows)
     del rows
-    assert memory.n_bytes == 60
-    assert memory.empty((5, 3)).data_ptr() == where
+    assert place(memory.empty((5, 3))) == where
 
 
 @pytest.mark.parametrize(
@@ -35,72 +38,76 @@ def test_memory_comes_back_when_its_tensor_is_gone() -> None:
     ids=["row", "column", "detached", "numpy", "storage"],
 )
 def test_whatever_shares_the_memory_keeps_it(share: Callable[[torch.Tensor], object]) -> None:
-    memory = RowMemory()
-    shared = share(memory.empty((3, 5)).fill_(7.0))
+    memory = RowMemory(4 * 20)
+    rows = memory.empty((3, 5)).fill_(7.0)
+    where = place(rows)
+    shared = share(rows)
+    del rows
     gc.collect()
-    memory.empty((3, 5)).fill_(1.0)
+    other = memory.empty((3, 5)).fill_(1.0)
+    assert place(other) != where
     if not isinstance(shared, torch.UntypedStorage):
         assert bool((shared == 7.0).all())  # type: ignore[attr-defined]
-    before = memory.n_bytes
     del shared
-    assert (before, memory.n_bytes) == (60, 120)
+    assert place(memory.empty((3, 5))) == where
 
 
 def test_memory_comes_back_from_another_thread() -> None:
-    memory = RowMemory()
+    memory = RowMemory(4 * 20)
     held = [memory.empty((3, 5))]
+    where = place(held[0])
     thread = threading.Thread(target=held.clear)
     thread.start()
     thread.join()
-    assert memory.n_bytes == 60
+    assert place(memory.empty((3, 5))) == where
 
 
-def test_few_rows_do_not_take_the_memory_of_many() -> None:
-    memory = RowMemory()
-    memory.empty((4, 10))
-    few = memory.empty((1, 10))
-    assert memory.n_bytes == 160
-    half = memory.empty((2, 10))
-    assert memory.n_bytes == 0 and half.untyped_storage().nbytes() == 80
-    del few, half
-    assert memory.n_bytes == 200
+def test_pieces_follow_each_other_and_the_ring_closes() -> None:
+    memory = RowMemory(4 * 10)
+    first, second = memory.empty((4,)), memory.empty((4,))
+    assert place(second) == place(first) + 16
+    start = place(first)
+    third = memory.empty((4,))  # two places are left
+    assert not start <= place(third) < start + 40
+    del first
+    fourth = memory.empty((3,))
+    assert place(fourth) == start, "from the beginning again"
+    assert place(memory.empty((2,))) == start + 32, "what is lent is passed over"
 
 
-def test_what_is_spare_is_bounded() -> None:
-    memory = RowMemory()
-    held = [memory.empty((n, 10)) for n in (1, 2, 3)]
-    while held:
-        held.pop(0)
-    assert memory.n_bytes == 240
-    memory.trim(200)
-    assert memory.n_bytes == 200
-    memory.trim(0)
-    assert memory.n_bytes == 120, "one is kept: the next batch is as large, usually"
-    memory.clear()
-    assert memory.n_bytes == 0
-
-
-def test_no_rows_need_no_memory() -> None:
-    memory = RowMemory()
+def test_where_the_ring_is_too_small_rows_have_memory_of_their_own() -> None:
+    memory = RowMemory(0)
+    assert memory.empty((2, 5)).fill_(1.0).sum() == 10
     assert memory.empty((0, 5)).shape == (0, 5) and memory.empty((2, 0)).shape == (2, 0)
-    assert memory.n_bytes == 0
+
+
+def test_a_released_ring_lives_as_long_as_its_pieces() -> None:
+    memory = RowMemory(4 * 20)
+    old = memory.empty((2, 5)).fill_(7.0)
+    memory.release()
+    new = memory.empty((2, 5)).fill_(1.0)
+    del new
+    assert bool((old == 7.0).all())
+    new = memory.empty((2, 5)).fill_(2.0)
+    del old  # it comes back to the ring that it was of
+    others = [memory.empty((1, 5)).fill_(3.0) for _ in range(4)]
+    assert bool((new == 2.0).all()) and len(others) == 4
 
 
 def test_a_random_life_never_mixes_rows_up() -> None:
     """Rows hold what was put there until they are dropped, in any order of borrowing and dropping."""
     generator = np.random.default_rng(0)
-    memory = RowMemory()
+    memory = RowMemory(4 * 7 * 30)
     held: list[tuple[torch.Tensor, float]] = []
-    borrowed = set()
-    for number in range(500):
+    first = place(memory.empty((1,)))
+    n_inside = 0
+    for number in range(2000):
         rows = memory.empty((int(generator.integers(1, 6)), 7)).fill_(number)
-        borrowed.add(rows.data_ptr())
+        n_inside += first <= place(rows) < first + 4 * 7 * 30
         held.append((rows[-1] if number % 2 else rows, number))
         del rows
-        while len(held) > 5 or (held and generator.random() < 0.4):
+        while len(held) > 3 or (held and generator.random() < 0.4):
             kept, value = held.pop(int(generator.integers(len(held))))
             assert bool((kept == value).all())
             del kept
-        memory.trim(500)
-        assert memory.n_bytes <= 500
-    assert len(borrowed) < 100, "memory was used again"
+    assert n_inside > 1900, "the ring was used again"
