@@ -26,12 +26,14 @@ import numpy as np
 import numpy.typing as npt
 
 from genlm_backend.compiled import compiled
+from genlm_backend.packed_mask import Words
 
 Float32s = npt.NDArray[np.float32]
 Int64s = npt.NDArray[np.int64]
 
 _BLOCK = 256  # tokens whose ceilings are computed together; 64 to 1,024 measured alike
 
+_FEW = 8  # where a mask allows no more than one in so many tokens, only those are looked at
 _RUN = 64  # tokens of which the highest is found first
 _FIRST_DEPTH = 4.0  # nats below the best token among which a nucleus is sought first; doubled until it is there
 _LOWEST = np.int32(-0x80000000)
@@ -62,7 +64,7 @@ def draw_rows(
     row_of_draw: npt.NDArray[np.int64],
     keys: npt.NDArray[np.uint64],
     temperatures: npt.NDArray[np.float64],
-    masks: npt.NDArray[np.bool_],
+    masks: Words,
     mask_of_draw: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
     """The token of each draw.
@@ -74,21 +76,26 @@ def draw_rows(
         row_of_draw: (n,) int64; which row each draw is from.
         keys: (n,) uint64.
         temperatures: (n,) float64, each 0 (the most probable token) or from 1e-30 to 1e30.
-        masks: (k, n_tokens) bool.
+        masks: (k, ceil(n_tokens / 32)) uint32, as in `packed_mask`.
         mask_of_draw: (n,) int64; which mask each draw is under, -1 for none.
 
     Returns:
         (n,) int64; -1 where no token is possible, or one is NaN or +inf.
     """
     token_ids = np.empty(keys.size, np.int64)
-    scratch = np.empty(n_tokens, np.float32)
+    scratch, few = np.empty(n_tokens, np.float32), np.empty(n_tokens // _FEW, np.int64)
     for i in range(keys.size):
         start = row_of_draw[i] * row_stride
         row = rows[start : start + n_tokens]
+        n = -1
         if mask_of_draw[i] >= 0:
-            _mask_row(row, masks[mask_of_draw[i]], scratch)
-            row = scratch
-        token_ids[i] = _draw_row(row, _highest(row), keys[i], temperatures[i])
+            n = _mask_row(row, masks[mask_of_draw[i]], scratch, few)
+            row = scratch[:n] if n >= 0 else scratch
+        top = _highest(row)
+        if n >= 0:
+            token_ids[i] = _draw_few(few[:n], row, top, keys[i], temperatures[i])
+        else:
+            token_ids[i] = _draw_row(row, top, keys[i], temperatures[i])
     return token_ids
 
 
@@ -99,7 +106,7 @@ def draw_with_mass_rows(
     n_tokens: int,
     row_of_group: npt.NDArray[np.int64],
     temperatures: npt.NDArray[np.float64],
-    masks: npt.NDArray[np.bool_],
+    masks: Words,
     mask_of_group: npt.NDArray[np.int64],
     first_of_group: npt.NDArray[np.int64],
     keys: npt.NDArray[np.uint64],
@@ -112,16 +119,20 @@ def draw_with_mass_rows(
         keys: (n,) uint64.
     """
     token_ids, log_masses = np.empty(keys.size, np.int64), np.empty(row_of_group.size, np.float64)
-    scratch = np.empty(n_tokens, np.float32)
+    scratch, few = np.empty(n_tokens, np.float32), np.empty(n_tokens // _FEW, np.int64)
     for group in range(row_of_group.size):
         row = rows[row_of_group[group] * row_stride : row_of_group[group] * row_stride + n_tokens]
+        n = -1
         if mask_of_group[group] >= 0:
-            _mask_row(row, masks[mask_of_group[group]], scratch)
-            row = scratch
+            n = _mask_row(row, masks[mask_of_group[group]], scratch, few)
+            row = scratch[:n] if n >= 0 else scratch
         top = _highest(row)
         log_masses[group] = _log_mass(row, top, temperatures[group])
-        for i in range(first_of_group[group], first_of_group[group + 1]):
-            token_ids[i - first_of_group[0]] = _draw_row(row, top, keys[i - first_of_group[0]], temperatures[group])
+        for i in range(first_of_group[group] - first_of_group[0], first_of_group[group + 1] - first_of_group[0]):
+            if n >= 0:
+                token_ids[i] = _draw_few(few[:n], row, top, keys[i], temperatures[group])
+            else:
+                token_ids[i] = _draw_row(row, top, keys[i], temperatures[group])
     return token_ids, log_masses
 
 
@@ -156,7 +167,7 @@ def log_mass_rows(
     n_tokens: int,
     row_of_sum: npt.NDArray[np.int64],
     temperatures: npt.NDArray[np.float64],
-    masks: npt.NDArray[np.bool_],
+    masks: Words,
     mask_of_sum: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
     """Log of the sum of exp(logprob / temperature) over a row's allowed tokens; arguments as in `draw_rows`.
@@ -165,13 +176,13 @@ def log_mass_rows(
         (n,) float64; -inf where no token is possible, NaN where one is NaN. At temperature 0, the limit.
     """
     log_masses = np.empty(temperatures.size, np.float64)
-    scratch = np.empty(n_tokens, np.float32)
+    scratch, few = np.empty(n_tokens, np.float32), np.empty(n_tokens // _FEW, np.int64)
     for i in range(temperatures.size):
         start = row_of_sum[i] * row_stride
         row = rows[start : start + n_tokens]
         if mask_of_sum[i] >= 0:
-            _mask_row(row, masks[mask_of_sum[i]], scratch)
-            row = scratch
+            n = _mask_row(row, masks[mask_of_sum[i]], scratch, few)
+            row = scratch[:n] if n >= 0 else scratch
         log_masses[i] = _log_mass(row, _highest(row), temperatures[i])
     return log_masses
 
@@ -186,9 +197,47 @@ def _log_mass(row: Float32s, top: np.float32, temperature: float) -> float:
 
 
 @compiled()
-def _mask_row(row: Float32s, mask: npt.NDArray[np.bool_], masked: Float32s) -> None:
-    for v in range(row.size):
-        masked[v] = row[v] if mask[v] else np.float32(-np.inf)
+def _mask_row(row: Float32s, words: Words, masked: Float32s, few: Int64s) -> int:
+    """Write the row with -inf where the mask forbids; or, where it allows no more than `few` has places, only what it
+    allows, the tokens into `few`.
+
+    Returns:
+        How many tokens it allows, if only those were written, else -1.
+    """
+    n_allowed = np.int64(0)
+    for w in range(words.size):
+        n_allowed += np.int64(_n_bits(words[w]))
+    if n_allowed <= few.size:
+        n = 0
+        for w in range(words.size):
+            if words[w] == 0:
+                continue
+            for v in range(w * 32, min(w * 32 + 32, row.size)):
+                if _has(words, v):
+                    few[n], masked[n] = v, row[v]
+                    n += 1
+        return n
+    for w in range(row.size // 32):
+        word, start = words[w], w * 32
+        for b in range(32):
+            is_allowed = (word >> np.uint32(b)) & np.uint32(1)
+            masked[start + b] = row[start + b] if is_allowed else np.float32(-np.inf)
+    for v in range(row.size // 32 * 32, row.size):
+        masked[v] = row[v] if _has(words, v) else np.float32(-np.inf)
+    return -1
+
+
+@compiled()
+def _has(words: Words, token_id: int) -> bool:
+    return bool((words[token_id >> 5] >> np.uint32(token_id & 31)) & np.uint32(1))
+
+
+@compiled()
+def _n_bits(word: np.uint32) -> np.uint32:
+    word = word - ((word >> np.uint32(1)) & np.uint32(0x55555555))
+    word = (word & np.uint32(0x33333333)) + ((word >> np.uint32(2)) & np.uint32(0x33333333))
+    word = (word + (word >> np.uint32(4))) & np.uint32(0x0F0F0F0F)
+    return np.uint32((word * np.uint32(0x01010101)) >> np.uint32(24)) & np.uint32(0xFF)  # numba widens the product
 
 
 @compiled()
@@ -215,6 +264,31 @@ def _draw_row(row: Float32s, top: np.float32, key: np.uint64, temperature: float
                     best, best_score = v, score
                     hurdle = np.float32(best_score) - _SLACK
     return best
+
+
+@compiled()
+def _draw_few(few: Int64s, logprobs: Float32s, top: np.float32, key: np.uint64, temperature: float) -> int:
+    """As `_draw_row`, of some tokens in increasing order only."""
+    if not -np.inf < top < np.inf:
+        return -1
+    best = 0
+    while logprobs[best] != top:
+        best += 1
+    if temperature == 0.0:
+        token_id: int = few[best]
+        return token_id
+    best_score = _score(top, top, temperature, _bits(key, few[best]))
+    hurdle = np.float32(best_score) - _SLACK
+    shrunk_inverse = np.float32(_SHRINK / temperature)
+    for j in range(few.size):
+        bits = _bits(key, few[j])
+        if _ceiling(logprobs[j], top, shrunk_inverse, bits) >= hurdle:
+            score = _score(logprobs[j], top, temperature, bits)
+            if score > best_score or (score == best_score and j < best):
+                best, best_score = j, score
+                hurdle = np.float32(best_score) - _SLACK
+    token_id = few[best]
+    return token_id
 
 
 @compiled()
@@ -327,7 +401,7 @@ def draw_filtered(
     top_ks: Int64s,
     top_ps: npt.NDArray[np.float64],
     min_ps: npt.NDArray[np.float64],
-    masks: npt.NDArray[np.bool_],
+    masks: Words,
     mask_of_draw: Int64s,
 ) -> tuple[Int64s, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Draws from rows after temperature, min-p, top-k and top-p in this order, then under masks.
@@ -361,7 +435,7 @@ def draw_filtered(
         for v in kept:
             weight = (np.float64(row[v]) - np.float64(top)) * inverse
             total += math.exp(weight)
-            if mask_of_draw[i] >= 0 and not masks[mask_of_draw[i], v]:
+            if mask_of_draw[i] >= 0 and not _has(masks[mask_of_draw[i]], v):
                 continue
             if best < 0:
                 first = weight  # the highest: sums relative to it do not vanish

@@ -27,10 +27,11 @@ import numpy.typing as npt
 import torch
 
 from genlm_backend.errors import InvalidQuery
+from genlm_backend.packed_mask import PackedMask, Words, n_words, pack
 from genlm_backend.parts import in_parts
 
-Mask = torch.Tensor | npt.NDArray[np.bool_]
-Masks = Mask | Sequence[Mask | None] | None
+Mask = torch.Tensor | npt.NDArray[np.bool_] | PackedMask
+Masks = torch.Tensor | npt.NDArray[np.bool_] | Sequence[Mask | None] | None
 
 _NUMBERS = (int, float, np.number)
 _COLDEST = 1e-30  # below, log-probabilities divided by it may overflow: there is no difference from 0 left
@@ -91,8 +92,8 @@ def draw(
         rows: (n, vocab) float log-probabilities; a constant added to a row changes nothing. Read as float32.
         keys: n integers, from `draw_key`; taken modulo 2**64.
         temperatures: n finite numbers >= 0; 0 takes the most probable token, the lowest id among equals. None is all 1.
-        masks: (n, vocab) bool, or n masks of (vocab,) bool or None; True allows. One object given for several
-            rows is read once.
+        masks: (n, vocab) bool, or n masks of (vocab,) bool, or packed, or None; True allows. One object
+            given for several rows is read once.
 
     Returns:
         (n,) int64 on the device of `rows`; -1 where no allowed token has probability, or one is NaN or +inf.
@@ -280,7 +281,7 @@ def draw_with_mass(
     first = np.append(np.flatnonzero(is_first), len(keys))
     of_group = order[first[:-1]]
     flat, stride = _flat(rows)
-    masks_once, in_order = asked.masks.numpy(), _wrapped(keys)[order]
+    masks_once, in_order = asked.words(rows.shape[1]), _wrapped(keys)[order]
 
     def draw_groups(start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         some = of_group[start:stop]
@@ -375,7 +376,7 @@ def draw_filtered(
         np.array([1.0 if one.top_p is None else one.top_p for one in kept], np.float64),
         np.array([one.min_p or 0.0 for one in kept], np.float64),
     )
-    masks_once = asked.masks.cpu().numpy()
+    masks_once = asked.words(n_tokens)
 
     def draw_some(start: int, stop: int) -> Sequence[npt.NDArray[Any]]:
         some = [values[start:stop] for values in of_draw]
@@ -541,12 +542,12 @@ def keep_min_p(logprobs: torch.Tensor, min_p: float) -> torch.Tensor:
 class _Asked(NamedTuple):
     """Checked arguments: of each draw its row, temperature and mask.
 
-    `masks` is (k, vocab) bool, each mask once; draw i is under mask `mask_of_draw[i]`, -1: none.
+    `masks` are the different ones; draw i is under mask `mask_of_draw[i]`, -1: none.
     """
 
     row_of_draw: npt.NDArray[np.int64]
     temperatures: npt.NDArray[np.float64]
-    masks: torch.Tensor
+    masks: Sequence[Mask]
     mask_of_draw: npt.NDArray[np.int64]
 
     def part(self, start: int, stop: int) -> _Asked:
@@ -554,13 +555,19 @@ class _Asked(NamedTuple):
         some = slice(start, stop)
         return _Asked(self.row_of_draw[some], self.temperatures[some], self.masks, self.mask_of_draw[some])
 
+    def words(self, n_tokens: int) -> Words:
+        """(k, words of n_tokens) uint32: the masks, packed."""
+        if not self.masks:
+            return np.empty((0, n_words(n_tokens)), np.uint32)
+        return np.stack([_packed(mask) for mask in self.masks])
+
 
 def _draw_compiled(rows: torch.Tensor, keys: Sequence[int], asked: _Asked) -> torch.Tensor:
     from genlm_backend import race
 
     flat, stride = _flat(rows)
     of_draw = asked.row_of_draw, _wrapped(keys), asked.temperatures
-    masks = asked.masks.numpy()
+    masks = asked.words(rows.shape[1])
 
     def draw_some(start: int, stop: int) -> npt.NDArray[np.int64]:
         some = [values[start:stop] for values in of_draw]
@@ -576,8 +583,9 @@ def _log_mass_compiled(rows: torch.Tensor, asked: _Asked) -> torch.Tensor:
     from genlm_backend import race
 
     flat, stride = _flat(rows)
+    masks = asked.words(rows.shape[1])
     log_masses = race.log_mass_rows(
-        flat, stride, rows.shape[1], asked.row_of_draw, asked.temperatures, asked.masks.numpy(), asked.mask_of_draw
+        flat, stride, rows.shape[1], asked.row_of_draw, asked.temperatures, masks, asked.mask_of_draw
     )
     return torch.from_numpy(log_masses)
 
@@ -609,9 +617,10 @@ def _allowed_rows(rows: torch.Tensor, asked: _Asked, start: int, stop: int) -> t
     mask_of_row = asked.mask_of_draw[start:stop]
     if (mask_of_row < 0).all():
         return some
-    of_row = torch.from_numpy(mask_of_row).to(rows.device)
-    is_allowed = asked.masks[of_row.clamp(min=0)] | (of_row < 0)[:, None]
-    return some.masked_fill(~is_allowed, -math.inf)
+    is_allowed = torch.ones(1 + len(asked.masks), rows.shape[1], dtype=torch.bool, device=rows.device)
+    for i, mask in enumerate(asked.masks, 1):
+        is_allowed[i] = _as_tensor(mask)
+    return some.masked_fill(~is_allowed[torch.from_numpy(mask_of_row + 1).to(rows.device)], -math.inf)
 
 
 def _checked(
@@ -632,7 +641,7 @@ def _checked(
     divisors = np.ones(n_draws) if temperatures is None else np.array(temperatures, np.float64)
     if divisors.shape != (n_draws,):
         raise InvalidQuery(f"temperatures have shape {divisors.shape}; expected one for each of {n_draws} rows")
-    return _Asked(of_draw, _clamped(divisors), *_mask_table((n_draws, rows.shape[1]), masks, rows.device))
+    return _Asked(of_draw, _clamped(divisors), *_different((n_draws, rows.shape[1]), masks))
 
 
 def _clamped(temperatures: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -642,37 +651,32 @@ def _clamped(temperatures: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.where(temperatures < _COLDEST, 0.0, np.minimum(temperatures, _HOTTEST))
 
 
-def _mask_table(
-    shape: tuple[int, int], masks: Masks, device: torch.device
-) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+def _different(shape: tuple[int, int], masks: Masks) -> tuple[Sequence[Mask], npt.NDArray[np.int64]]:
     """Each different mask once, and the index of each draw's; masks that are one object count as one."""
     n_draws, n_tokens = shape
     if masks is None:
-        return torch.empty(0, n_tokens, dtype=torch.bool, device=device), np.full(n_draws, -1)
+        return [], np.full(n_draws, -1)
     if isinstance(masks, torch.Tensor | np.ndarray):
         _check_mask(masks, shape)
-        return _as_tensor(masks).to(device).contiguous(), np.arange(n_draws)
+        return list(masks), np.arange(n_draws)
     if len(masks) != n_draws:
         raise InvalidQuery(f"there are {len(masks)} masks for {n_draws} rows; expected one mask or None each")
     different = {id(mask): mask for mask in masks if mask is not None}
     for mask in different.values():
         _check_mask(mask, (n_tokens,))
     index = {identity: i for i, identity in enumerate(different)}
-    mask_of_draw = np.array([-1 if mask is None else index[id(mask)] for mask in masks], np.int64)
-    if not different:
-        return torch.empty(0, n_tokens, dtype=torch.bool, device=device), mask_of_draw
-    return _stacked(list(different.values()), device), mask_of_draw
+    return list(different.values()), np.array([-1 if mask is None else index[id(mask)] for mask in masks], np.int64)
 
 
-def _stacked(masks: Sequence[Mask], device: torch.device) -> torch.Tensor:
-    """By numpy where it can: torch would wake threads for this little, and wait for them where cores are busy."""
-    if any(isinstance(mask, torch.Tensor) and mask.device.type != "cpu" for mask in masks):
-        return torch.stack([_as_tensor(mask).to(device) for mask in masks])
-    arrays = [mask if isinstance(mask, np.ndarray) else mask.detach().numpy() for mask in masks]
-    return torch.from_numpy(np.stack(arrays)).to(device)
+def _packed(mask: Mask) -> Words:
+    if isinstance(mask, PackedMask):
+        return mask.words
+    return pack(mask if isinstance(mask, np.ndarray) else mask.detach().cpu().numpy())
 
 
 def _as_tensor(mask: Mask) -> torch.Tensor:
+    if isinstance(mask, PackedMask):
+        return torch.from_numpy(mask.unpacked())
     # torch warns of sharing read-only memory, and has no negative strides
     if isinstance(mask, np.ndarray) and (not mask.flags.carray or min(mask.strides, default=0) < 0):
         mask = mask.copy()
@@ -680,6 +684,10 @@ def _as_tensor(mask: Mask) -> torch.Tensor:
 
 
 def _check_mask(mask: Mask, shape: tuple[int, ...]) -> None:
+    if isinstance(mask, PackedMask):
+        if (mask.n_tokens,) != shape or mask.words.shape != (n_words(mask.n_tokens),):
+            raise InvalidQuery(f"a packed mask is of {mask.n_tokens} tokens; expected {shape}")
+        return
     if not isinstance(mask, torch.Tensor | np.ndarray):
         raise InvalidQuery(f"a mask is a {type(mask).__name__}; expected a bool array of shape {shape}")
     if str(mask.dtype) not in ("torch.bool", "bool") or mask.shape != shape:

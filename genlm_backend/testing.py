@@ -22,6 +22,7 @@ import torch
 from genlm_backend.llm.base import ROW_MEMO_BYTES, AsyncLM
 from genlm_backend.llm.mock import MockEngine
 from genlm_backend.llm.service import Context, Engine, EngineCounts, Service
+from genlm_backend.packed_mask import pack
 from genlm_backend.potentials.base import Constraint, Potential, State
 from genlm_backend.tokenization import Token
 
@@ -217,6 +218,8 @@ def _check_constraint(
 ) -> None:
     mask = constraint.mask(state)
     assert mask.tolist() == (row == 0).tolist(), f"mask {where} is not the row"
+    (packed,) = constraint.packed_masks([state])
+    assert packed.tolist() == pack(mask).tolist(), f"packed_masks {where} is not the mask"
     for symbol in symbols:
         assert constraint.allows(state, symbol) == mask[symbol], f"allows {where}: {symbol} is not as in the mask"
     for token_id in constraint.forced(state):

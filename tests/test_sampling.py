@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import genlm_backend.errors
 from genlm_backend import race, sampling
 from genlm_backend.errors import InvalidQuery
+from genlm_backend.packed_mask import PackedMask, pack
 
 FRESH_SEED = sampling.fresh_seed  # tests draw from fixed seeds in its place
 PACKAGE = Path(genlm_backend.errors.__file__).parent
@@ -228,6 +229,55 @@ def test_one_row_expanded_draws_like_copies_of_it():
 def test_half_precision_rows_draw_as_their_float32_copies():
     rows = some_rows(20, 300, 8).bfloat16()
     assert torch.equal(sampling.draw(rows, some_keys(20)), sampling.draw(rows.float(), some_keys(20)))
+
+
+@pytest.mark.parametrize("n_tokens", [7, 32, 33, 300, 5000])
+def test_packed_masks_are_masks(n_tokens: int):
+    """Of any number of tokens, from none to all: where few are allowed, only those are looked at."""
+    few = n_tokens // race._FEW
+    counts = [n for n in (0, 1, 2, few - 1, few, few + 1, n_tokens // 2, n_tokens) if n >= 0]
+    n = len(counts) * len(TEMPERATURES)
+    rows, keys, temperatures = some_rows(n, n_tokens, 3), some_keys(n), some_temperatures(n)
+    generator = np.random.default_rng(n_tokens)
+    masks = np.zeros((n, n_tokens), np.bool_)
+    taken = set()
+    for i, count in enumerate(counts * len(TEMPERATURES)):
+        masks[i, generator.permutation(n_tokens)[:count]] = True
+        scratch, listed = np.empty(n_tokens, np.float32), np.empty(few, np.int64)
+        n_listed = race._mask_row(rows[i].numpy(), pack(masks[i]), scratch, listed)
+        assert n_listed == (count if count <= few else -1)
+        taken.add(n_listed >= 0)
+    assert taken == {True, False}
+    packed = [PackedMask.of(mask) for mask in masks]
+    expected = sampling.draw_plainly(rows, keys, temperatures, masks)
+    assert torch.equal(sampling.draw_plainly(rows, keys, temperatures, packed), expected)
+    assert torch.equal(sampling.draw(rows, keys, temperatures, packed), expected)
+    allowed = rows.masked_fill(~torch.from_numpy(masks), -math.inf)
+    found = sampling.log_mass(rows, packed)
+    assert torch.allclose(found, allowed.double().logsumexp(1), rtol=0, atol=1e-6)
+    tokens, masses = sampling.draw_with_mass(rows, range(n), keys, temperatures, packed)
+    assert torch.equal(tokens, expected) and torch.equal(masses, sampling.log_mass(rows, packed, temperatures))
+    kept = [sampling.Kept(top_p=0.9)] * n
+    of_packed = sampling.draw_filtered(rows, range(n), keys, kept, None, packed)
+    of_bools = sampling.draw_filtered(rows, range(n), keys, kept, None, list(masks))
+    assert all(torch.equal(a, b) for a, b in zip(of_packed, of_bools, strict=True))
+
+
+@pytest.mark.parametrize("n_allowed", [2, 200])
+def test_what_a_mask_forbids_may_be_anything(n_allowed: int):
+    rows = torch.full((1, 300), math.nan)
+    rows[0, :n_allowed] = math.log(1 / n_allowed)
+    mask = PackedMask.of(np.arange(300) < n_allowed)
+    assert 0 <= sampling.draw(rows, [5], None, [mask]).item() < n_allowed
+    assert sampling.log_mass(rows, [mask]).item() == pytest.approx(0.0, abs=1e-6)
+    rows[0, 1] = math.nan
+    assert sampling.draw(rows, [5], None, [mask]).item() == -1
+    assert math.isnan(sampling.log_mass(rows, [mask]).item())
+
+
+def test_a_packed_mask_of_another_vocabulary_is_refused():
+    with pytest.raises(InvalidQuery, match="of 5 tokens"):
+        sampling.draw(torch.zeros(1, 6), [1], None, [PackedMask.of(np.ones(5, np.bool_))])
 
 
 def test_masks_may_be_one_table_or_one_per_row():

@@ -19,9 +19,10 @@ from genlm_backend import sampling
 from genlm_backend.cache.row_memo import Block
 from genlm_backend.errors import EmptyPrompt, InvalidQuery, NoTokenAllowed, TokenIdError
 from genlm_backend.llm.contexts import checked_ids
+from genlm_backend.packed_mask import PackedMask, n_words
 from genlm_backend.trie import NextBytes, NextByteTokens
 
-Mask = torch.Tensor | npt.NDArray[np.bool_]
+Mask = torch.Tensor | npt.NDArray[np.bool_] | PackedMask
 
 _NUMBERS = (int, float, np.integer, np.floating)
 
@@ -36,7 +37,7 @@ class Draw(NamedTuple):
     Attributes:
         key: From `sampling.draw_key`.
         temperature: Divides the log-probabilities; 0 takes the most probable token.
-        mask: `(vocab,)` bool, the tokens that may be drawn; None allows all.
+        mask: `(vocab,)` bool, or packed: the tokens that may be drawn; None allows all.
         top_k: Among the so many most probable tokens; None is all. Filters come after the temperature, in the order
             min_p, top_k, top_p, and before the mask; at temperature 0 they see temperature 1.
         top_p: Among the fewest most probable tokens that reach this mass; None is all.
@@ -95,7 +96,7 @@ class Logprobs(NamedTuple):
 
 
 class MaskMass(NamedTuple):
-    """Log of the total probability of the tokens of a `(vocab,)` bool mask; a float, -inf if there is none."""
+    """Log of the total probability of the tokens of a `(vocab,)` bool or packed mask: a float, -inf for none."""
 
     mask: Mask
 
@@ -120,7 +121,7 @@ Query = Row | Draw | TopK | Logprobs | MaskMass | LogNormalizer | ByteMarginal
 def check_query(query: object, n_vocab: int) -> Query:
     """The query in the form in which it can join a batch: its mask and ids copied, so that later changes do not matter.
 
-    A numpy mask that is marked as read-only is taken as it is, once for all that ask with the same one.
+    A packed mask, or a numpy mask that is marked as read-only, is taken as it is, once for all that ask with the same.
 
     Raises:
         InvalidQuery: If it does not fit rows of `n_vocab` tokens.
@@ -293,7 +294,8 @@ def _draw_filtered(logprobs: torch.Tensor, rows: list[int], queries: list[Draw])
 def _nothing_allowed(query: Draw) -> NoTokenAllowed:
     filters = {"top_k": query.top_k, "top_p": query.top_p, "min_p": query.min_p}
     told = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
-    n_allowed = 0 if query.mask is None else int(query.mask.sum())
+    mask = query.mask.unpacked() if isinstance(query.mask, PackedMask) else query.mask
+    n_allowed = 0 if mask is None else int(mask.sum())
     return NoTokenAllowed(n_allowed, told) if told else NoTokenAllowed(n_allowed)
 
 
@@ -309,7 +311,11 @@ def _checked_k(k: object, n_vocab: int, what: str) -> int:
 
 
 def _checked_mask(mask: Mask, n_vocab: int) -> Mask:
-    copied: Mask
+    if isinstance(mask, PackedMask):
+        if mask.n_tokens != n_vocab or mask.words.shape != (n_words(n_vocab),) or mask.words.dtype != np.uint32:
+            raise InvalidQuery(f"a packed mask is of {mask.n_tokens} tokens; expected {n_vocab}")
+        return mask
+    copied: torch.Tensor | npt.NDArray[np.bool_]
     try:
         if isinstance(mask, np.ndarray):  # by numpy: torch would wake threads for 49 kB, in any thread that asks
             copied = mask.copy() if mask.flags.writeable else mask

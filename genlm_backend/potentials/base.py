@@ -47,6 +47,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from genlm_backend.packed_mask import Words, pack
+
 State = Any
 """The potential's own; immutable."""
 
@@ -140,6 +142,10 @@ class Constraint(Potential):
         if not states:
             return np.empty((0, self.n_tokens + 1), np.bool_)
         return np.stack([self.mask(state) for state in states])
+
+    def packed_masks(self, states: Sequence[State]) -> Words:
+        """`(len(states), ceil((n_tokens + 1) / 32))` uint32, the caller's own: `masks`, packed as in `PackedMask`."""
+        return pack(self.masks(states))
 
     def allows(self, state: State, symbol: int) -> bool:
         """Whether this token may follow, or with `end` whether it may end: `mask(state)[symbol]`, usually cheaper."""

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from genlm_backend.errors import BackendUnavailable, GrammarTooComplex, InvalidGrammar, UnsupportedGrammar
 from genlm_backend.llm.base import AsyncLM
+from genlm_backend.packed_mask import WORD_BITS, Words, n_words, unpack
 from genlm_backend.potentials.base import BoolRow, Constraint, State
 from genlm_backend.potentials.json_schema import checked_schema, spells_keys_plainly, text_of
 from genlm_backend.potentials.limits import Limits, check_nesting
@@ -90,7 +91,6 @@ class Grammar(Constraint):
         self._kept_tokens = 0
         self._start = _Path(None, -1, 0)
         self._start.parser = _compiled(vocabulary, kind, compiled, limits)
-        self._n_words = (self.n_tokens + 1 + 31) // 32
 
     @classmethod
     def json_schema(
@@ -184,27 +184,32 @@ class Grammar(Constraint):
 
     def masks(self, states: Sequence[State]) -> npt.NDArray[np.bool_]:
         """`(len(states), n_tokens + 1)` bool: `mask` of each; in parallel threads, without the interpreter lock."""
+        return unpack(self.packed_masks(states), self.n_tokens + 1)
+
+    def packed_masks(self, states: Sequence[State]) -> Words:
+        """`(len(states), ceil((n_tokens + 1) / 32))` uint32: `masks`, packed."""
         different = list({id(state): state for state in states}.values())
         parsers = [self._parser(state) for state in different]
-        words = np.zeros((len(different), self._n_words), np.int32)
+        words = np.zeros((len(different), n_words(self.n_tokens + 1)), np.uint32)
         live = [(parser, i) for i, parser in enumerate(parsers) if parser is not None]
         if len(live) >= _SEVERAL:
-            _executor().unsafe_compute_mask_ptr(live, words.ctypes.data, self._n_words * 4, len(different))
+            _executor().unsafe_compute_mask_ptr(live, words.ctypes.data, words.strides[0], len(different))
         else:
             for parser, i in live:
-                parser.unsafe_compute_mask_ptr(words[i].ctypes.data, self._n_words * 4)
+                parser.unsafe_compute_mask_ptr(words[i].ctypes.data, words.strides[0])
         for parser, i in live:
             self._check(parser)
             if parser.is_error():
                 words[i] = 0
-        bits = np.unpackbits(words.view(np.uint8), axis=1, count=self.n_tokens + 1, bitorder="little")
-        rows: npt.NDArray[np.bool_] = bits.view(np.bool_)
-        for i in rows[:, self.end].nonzero()[0]:
-            rows[i, self.end] = self._may_end(different[i])
+        word, bit = self.end // WORD_BITS, np.uint32(1 << self.end % WORD_BITS)
+        words[:, word] &= bit | (bit - np.uint32(1))  # beyond the end
+        for i in (words[:, word] & bit).nonzero()[0]:
+            if not self._may_end(different[i]):
+                words[i, word] &= ~bit
         if len(different) == len(states):
-            return rows
+            return words
         place = {id(state): i for i, state in enumerate(different)}
-        return rows[[place[id(state)] for state in states]]
+        return words[[place[id(state)] for state in states]]
 
     def forced(self, state: State) -> tuple[int, ...]:
         return super().forced(state) if self.forced_bytes(state) else ()
@@ -350,7 +355,7 @@ def _compiled(vocabulary: GrammarVocabulary, kind: str, compiled: str, limits: L
     parser: llguidance.LLMatcher = engine.LLMatcher(vocabulary.tokenizer, compiled, log_level=0, limits=bounds)
     if not parser.is_error():
         trial = parser.deep_copy()
-        words = np.zeros((vocabulary.n_tokens + 1 + 31) // 32, np.int32)
+        words = np.zeros(n_words(vocabulary.n_tokens + 1), np.uint32)
         trial.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if trial.is_error() and trial.get_error().startswith(_DEAD_END):
             raise InvalidGrammar(kind, "no text matches it", "correct it")

@@ -19,6 +19,7 @@ from genlm_backend import sampling
 from genlm_backend.errors import InvalidProgram, NoTokenAllowed, ReplayMismatch
 from genlm_backend.llm.base import AsyncLM
 from genlm_backend.llm.queries import Draw, Drawn, Mask, Query, Row
+from genlm_backend.packed_mask import PackedMask
 from genlm_backend.potentials.base import Potential
 from genlm_backend.smc.distributions import Distribution, Enumerable, LogRow, as_row
 from genlm_backend.smc.lazy_row import LazyRow
@@ -433,7 +434,8 @@ class Context:
     def _ranked(self, row: torch.Tensor, mask: Mask | None) -> Proposed:
         rank = self._next_rank()
         if mask is not None:
-            row = row.masked_fill(~torch.as_tensor(mask, device=row.device), -math.inf)
+            allowed = mask.unpacked() if isinstance(mask, PackedMask) else mask
+            row = row.masked_fill(~torch.as_tensor(allowed, device=row.device), -math.inf)
         if rank >= len(row):
             return Proposed(-1, -math.inf)
         symbols, _ = sampling.top_k(row[None], rank + 1)

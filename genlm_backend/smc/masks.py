@@ -7,14 +7,17 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from genlm_backend.potentials.base import BoolRow, Constraint, State
+import numpy as np
+
+from genlm_backend.packed_mask import WORD_BITS, PackedMask, n_words
+from genlm_backend.potentials.base import Constraint, State
 
 
 class _Asked(NamedTuple):
     """The states of one particle, one for each constraint, and where its mask goes."""
 
     states: Sequence[State]
-    answer: asyncio.Future[BoolRow]
+    answer: asyncio.Future[PackedMask]
 
 
 class Masks:
@@ -31,8 +34,8 @@ class Masks:
         # By loop: what an interrupted one left behind must not keep the next one waiting.
         self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Asked]] = WeakKeyDictionary()
 
-    def ask(self, states: Sequence[State]) -> asyncio.Future[BoolRow]:
-        """`(n_tokens,)` bool, read-only: the tokens that may be drawn; for the same states at once, the same object.
+    def ask(self, states: Sequence[State]) -> asyncio.Future[PackedMask]:
+        """Of `n_tokens`: the tokens that may be drawn; for the same states at once, the same object.
 
         Cancelled, it changes nothing for others; what a constraint raises reaches the particles whose states cause it.
 
@@ -72,21 +75,26 @@ class Masks:
         for one, mask in zip(asked, masks, strict=True):
             one.answer.set_result(mask)
 
-    def _together(self, states: Sequence[Sequence[State]]) -> Sequence[BoolRow]:
+    def _together(self, states: Sequence[Sequence[State]]) -> Sequence[PackedMask]:
         keys = [tuple(map(id, of_particle)) for of_particle in states]  # copies of a particle have the same states
         different = dict(zip(keys, states, strict=True))
         rows = dict(zip(different, self._rows(list(different.values())), strict=True)) if different else {}
         return [rows[key] for key in keys]
 
-    def _rows(self, states: Sequence[Sequence[State]]) -> list[BoolRow]:
+    def _rows(self, states: Sequence[Sequence[State]]) -> list[PackedMask]:
         of_constraint = zip(self._constraints, zip(*states, strict=True), strict=True)
-        first, *others = [constraint.masks(its_states) for constraint, its_states in of_constraint]
+        first, *others = [constraint.packed_masks(its_states) for constraint, its_states in of_constraint]
         first = first.copy()  # it may be the constraint's own
         for other in others:
             first &= other
-        first[:, self._ends] = first[:, -1:]
+        n_tokens = self._constraints[0].n_tokens
+        may_end = first[:, n_tokens // WORD_BITS] >> np.uint32(n_tokens % WORD_BITS) & np.uint32(1)
+        for token_id in self._ends:
+            word, bit = token_id // WORD_BITS, np.uint32(token_id % WORD_BITS)
+            first[:, word] = first[:, word] & ~(np.uint32(1) << bit) | may_end << bit
+        first[:, n_tokens // WORD_BITS] &= ~(np.uint32(1) << np.uint32(n_tokens % WORD_BITS))
         first.flags.writeable = False
-        return [row[:-1] for row in first]
+        return [PackedMask(row, n_tokens) for row in first[:, : n_words(n_tokens)]]
 
 
 def _as_exception(error: BaseException) -> Exception:

@@ -27,7 +27,8 @@ import torch
 from genlm_backend import sampling
 from genlm_backend.errors import InvalidProgram, NoTokenAllowed
 from genlm_backend.llm.queries import Draw
-from genlm_backend.potentials.base import BoolRow, Constraint, Potential, State
+from genlm_backend.packed_mask import PackedMask
+from genlm_backend.potentials.base import Constraint, Potential, State
 from genlm_backend.potentials.combinators import Product, Tempered
 from genlm_backend.potentials.language_model import LanguageModel
 from genlm_backend.smc.masks import Masks
@@ -251,7 +252,7 @@ def _model_and_constraints(potential: Potential) -> _Parts | None:
     return _Parts(model, constraints, models + others)
 
 
-async def _drawn_by_model(model: LanguageModel, state: State, allowed: BoolRow | None, key: int) -> Proposed:
+async def _drawn_by_model(model: LanguageModel, state: State, allowed: PackedMask | None, key: int) -> Proposed:
     """A draw by the model itself; its end tokens stand for the symbol `end`."""
     try:
         drawn = await model.llm.query(model.context(state), Draw(key, 1.0, allowed), model.lora_name)

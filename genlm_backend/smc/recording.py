@@ -17,6 +17,7 @@ import torch
 from genlm_backend.errors import NoTokenAllowed, ReplayMismatch
 from genlm_backend.llm.base import AsyncLM
 from genlm_backend.llm.queries import Draw, LogNormalizer, Logprobs, Query, Row, TopK
+from genlm_backend.packed_mask import PackedMask
 from genlm_backend.smc import plain
 from genlm_backend.smc.proposals import Proposed
 from genlm_backend.smc.resampling import Resampled
@@ -179,6 +180,8 @@ def _digest(mask: Any) -> str:
 
     if mask is None:
         return "None"
+    if isinstance(mask, PackedMask):
+        mask = mask.unpacked()
     if not isinstance(mask, torch.Tensor | np.ndarray):
         raise TypeError(f"a question about {type(mask).__name__} cannot be recorded; use ctx.recorded for it")
     packed = np.packbits(np.asarray(mask, np.bool_)).tobytes()

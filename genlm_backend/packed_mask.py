@@ -1,0 +1,60 @@
+"""Masks of one bit a token: an eighth of the memory to make, to copy and to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+BoolRow = npt.NDArray[np.bool_]
+Words = npt.NDArray[np.uint32]
+
+WORD_BITS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMask:
+    """Which tokens are allowed. Not to be changed: whoever asks about it may read it later.
+
+    Attributes:
+        words: `(ceil(n_tokens / 32),)` uint32; bit v % 32 of word v // 32 is token v, bits beyond the last token are 0.
+        n_tokens: Number of tokens.
+    """
+
+    words: Words
+    n_tokens: int
+
+    @classmethod
+    def of(cls, allowed: BoolRow) -> Self:
+        """Of a `(n_tokens,)` bool mask."""
+        return cls(pack(allowed), len(allowed))
+
+    def unpacked(self) -> BoolRow:
+        """`(n_tokens,)` bool."""
+        return unpack(self.words, self.n_tokens)
+
+    def any(self) -> bool:
+        """Whether a token is allowed."""
+        return bool(self.words.any())
+
+
+def pack(allowed: npt.NDArray[np.bool_]) -> Words:
+    """`(..., n)` bool as `(..., ceil(n / 32))` uint32."""
+    *shape, n = allowed.shape
+    octets = np.packbits(allowed, axis=-1, bitorder="little")
+    padded = np.zeros((*shape, n_words(n) * 4), np.uint8)
+    padded[..., : octets.shape[-1]] = octets
+    return padded.view(np.uint32)
+
+
+def unpack(words: Words, n: int) -> npt.NDArray[np.bool_]:
+    """`(..., n)` bool from `(..., ceil(n / 32))` uint32."""
+    bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, count=n, bitorder="little")
+    return bits.view(np.bool_)
+
+
+def n_words(n: int) -> int:
+    """Words that hold `n` bits."""
+    return -(-n // WORD_BITS)
