@@ -101,6 +101,7 @@ class CachedEngine(Engine):
 
     def close(self) -> None:
         self.clear_kv()
+        self.kv.pool.release()
         self.model = None
 
     def _forward(self, kv: KVCache, contexts: list[Context], known: list[Slots], n_known: int) -> torch.Tensor:

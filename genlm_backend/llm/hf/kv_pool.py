@@ -35,6 +35,21 @@ class KVPool:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._positions = np.zeros(FIRST_CAPACITY, np.int64)
 
+    def emptied(self) -> KVPool:
+        """One that holds nothing. The memory is the same as long as it is small: new pages cost more than a forward.
+
+        A batch that still writes into this one must end before the other one is used.
+        """
+        new = KVPool(self.budget_bytes)
+        new.bytes_per_slot = self.bytes_per_slot
+        if self._capacity == FIRST_CAPACITY:
+            new._layers = dict(self._layers)
+        return new
+
+    def release(self) -> None:
+        """Give its memory back; nothing is held here any more."""
+        self._layers.clear()
+
     def allocate(self, positions: list[int]) -> Slots:
         """A free slot for each new token, in increasing order: (n,); grows the pool when none is left.
 
@@ -181,7 +196,7 @@ class KVCache:
     def emptied(self) -> KVCache:
         """A new one that holds nothing."""
         new = KVCache(self.budget_bytes)
-        new.pool.bytes_per_slot = self.pool.bytes_per_slot
+        new.pool = self.pool.emptied()
         new._n_evicted_before = self.n_evicted
         return new
 

@@ -82,6 +82,7 @@ class PackedEngine(Engine):
 
     def close(self) -> None:
         self.clear_kv()
+        self.kv.pool.release()
         self.model = None
 
     def _compute(self, kv: KVCache, plan: Plan, contexts: list[Context], order: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -140,6 +140,30 @@ def test_a_pool_above_its_budget_shrinks_and_keeps_the_newest(monkeypatch: pytes
     kv.tree.check_integrity()
 
 
+def test_an_emptied_pool_keeps_small_memory_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_pool, "FIRST_CAPACITY", 4)
+
+    def places(kv: KVCache) -> set[int]:
+        return {tensor.data_ptr() for layer in kv.pool._layers.values() for tensor in layer}
+
+    first = KVCache(100 * 2 * (4 + 4))
+    put(first, [1, 2, 3])
+    second = first.emptied()
+    assert second.tree.n_tokens == second.pool.n_used == second.n_bytes == 0
+    assert second.pool.layers == [0, 1] and places(second) == places(first)
+    put(second, [7, 8])
+    assert_held(second, [7, 8])
+    put(second, [1, 2, 3, 4, 5])  # more than there is room for
+    assert_held(second, [7, 8])
+    assert_held(second, [1, 2, 3, 4, 5])
+    third = second.emptied()
+    assert second.pool.capacity == 8 and third.pool.layers == [] and third.pool.capacity == 4
+    put(third, [9])
+    assert_held(third, [9])
+    third.pool.release()
+    assert third.pool.layers == []
+
+
 def test_a_pool_grown_too_far_before_its_first_forward_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     """How many bytes a token takes is known only afterwards; nothing has to be moved."""
     monkeypatch.setattr(kv_pool, "FIRST_CAPACITY", 4)
