@@ -20,7 +20,7 @@ ARGS ?= --particles 10 --max-tokens 10 --seed 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo check test test-all ecosystem bench figures docs clean distclean lint test-slow test-latest test-oldest-vllm ecosystem-own
+.PHONY: help demo check fast test test-all ecosystem bench figures docs clean distclean lint test-slow test-latest test-oldest-vllm ecosystem-own
 
 help:  ## this list
 	@echo "make demo       ten particles continue \"$(PROMPT)\" on a real language model"
@@ -42,7 +42,10 @@ lint: $(VENV)/.stamp-packages
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 
-check: lint
+check: $(VENV)/.stamp-packages
+	@$(MAKE) --no-print-directory -j2 lint fast
+
+fast: $(VENV)/.stamp-packages
 	$(OFFLINE) $(BIN)/python -m pytest tests -q -m "not slow and not thorough and not model"
 
 test: lint $(VENV)/.stamp-demo $(VENV)/.stamp-tokenizers
