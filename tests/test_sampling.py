@@ -649,6 +649,7 @@ def test_filters_of_rows_without_a_possible_token_or_without_a_token(apply):
     assert apply(torch.empty(2, 0)).shape == (2, 0)
 
 
+@pytest.mark.thorough
 @given(
     row=st.lists(st.sampled_from([-INF, -5.0, -1.0, -0.5, 0.0, 2.0]), min_size=1, max_size=12),
     k=st.integers(1, 14),

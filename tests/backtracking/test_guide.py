@@ -498,6 +498,7 @@ async def test_a_server_is_a_model(server: Any, is_chat: bool) -> None:
     await model.aclose()
 
 
+@pytest.mark.thorough
 async def test_a_server_that_does_not_answer_is_given_up() -> None:
     """It takes the connection and says nothing; each of two attempts has its time."""
     n_accepted = 0

@@ -341,6 +341,7 @@ class Limit:
         del self.seen[-n:]
 
 
+@pytest.mark.thorough
 def test_a_remembering_operator_serves_many_at_once():
     model, operator = generator(**EVEN), Limit()
 

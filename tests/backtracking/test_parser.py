@@ -48,6 +48,7 @@ def test_shipped_grammars_read_what_they_should(name: str) -> None:
         assert not parser.is_valid(text), text
 
 
+@pytest.mark.thorough
 def test_the_published_correction() -> None:
     """The part that is read keeps its white space."""
     prefix, candidates = obtain_correction_pairs(

@@ -257,7 +257,8 @@ def repeats(text):
     return any(a == b for a, b in itertools.pairwise(text))
 
 
-@pytest.mark.parametrize("in_chain", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.thorough
+@pytest.mark.parametrize("in_chain", [False, True])
 def test_a_strategy_of_a_users_runs_alone_and_64_at_once(in_chain):
     llm = model(otherwise={"a": 0.5, " it": 0.3, ".": 0.2})
     own = NoRepeat(llm)
@@ -572,6 +573,7 @@ def test_the_iterator_works_inside_a_running_loop():
     assert Words().decode(asyncio.run(inside())) == " it.<eos>"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("end", [list.clear, lambda streams: streams[0].close(), lambda streams: next(streams[0])])
 def test_a_stream_begun_outside_a_running_loop_goes_on_and_ends_inside_one(end):
     llm = model(**SO)

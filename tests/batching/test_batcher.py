@@ -739,6 +739,7 @@ def engine_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "genlm-engine"}
 
 
+@pytest.mark.thorough
 def test_a_forgotten_batcher_is_collected_and_its_thread_ends() -> None:
     before = engine_threads()
     echo = Echo()
@@ -753,6 +754,7 @@ def test_a_forgotten_batcher_is_collected_and_its_thread_ends() -> None:
     assert not thread.is_alive() and engine_threads() <= before
 
 
+@pytest.mark.thorough
 def test_a_batcher_forgotten_while_its_batch_runs_is_collected_after_it() -> None:
     before = engine_threads()
     echo = Echo()
@@ -772,6 +774,7 @@ def test_a_batcher_forgotten_while_its_batch_runs_is_collected_after_it() -> Non
     assert not thread.is_alive() and forgotten() is None
 
 
+@pytest.mark.thorough
 async def test_the_owner_of_the_engine_is_not_kept_alive_by_its_batcher() -> None:
     echo = Echo()
     owner = weakref.ref(echo)

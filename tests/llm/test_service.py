@@ -619,6 +619,7 @@ async def test_async_with_closes(load: Load) -> None:
     assert engine.is_closed
 
 
+@pytest.mark.thorough
 def test_a_forgotten_model_is_collected_and_its_thread_ends() -> None:
     before = set(threading.enumerate())
     llm = fake_language_model(FakeEngine())

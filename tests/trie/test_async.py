@@ -344,6 +344,7 @@ async def test_what_waits_at_shutdown_is_refused(gated: tuple[AsyncTokenCharacte
     await closing
 
 
+@pytest.mark.thorough
 async def test_a_forgotten_trie_is_collected_with_its_thread() -> None:
     before = set(threading.enumerate())  # engines that other tests share have threads of the same name
     trie = AsyncTokenCharacterTrie(TokenCharacterTrie(FOUR_WORDS))
