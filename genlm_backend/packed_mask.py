@@ -8,6 +8,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from genlm_backend.errors import InvalidQuery
+
 BoolRow = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint32]
 
@@ -18,6 +20,9 @@ WORD_BITS = 32
 class PackedMask:
     """Which tokens are allowed. Not to be changed: whoever asks about it may read it later.
 
+    Raises:
+        InvalidQuery: The words do not fit the number of tokens.
+
     Attributes:
         words: `(ceil(n_tokens / 32),)` uint32; bit v % 32 of word v // 32 is token v, bits beyond the last token are 0.
         n_tokens: Number of tokens.
@@ -25,6 +30,15 @@ class PackedMask:
 
     words: Words
     n_tokens: int
+
+    def __post_init__(self) -> None:
+        is_array = isinstance(self.words, np.ndarray)
+        if not is_array or self.words.dtype != np.uint32 or self.words.shape != (n_words(self.n_tokens),):
+            came = f"{self.words.dtype} of shape {self.words.shape}" if is_array else type(self.words).__name__
+            raise InvalidQuery(
+                f"the words of a packed mask of {self.n_tokens} tokens are {came}; expected uint32 of shape "
+                f"({n_words(self.n_tokens)},), as PackedMask.of(mask) makes them"
+            )
 
     @classmethod
     def of(cls, allowed: BoolRow) -> Self:

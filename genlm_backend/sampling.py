@@ -559,6 +559,8 @@ class _Asked(NamedTuple):
         """(k, words of n_tokens) uint32: the masks, packed."""
         if not self.masks:
             return np.empty((0, n_words(n_tokens)), np.uint32)
+        if all(isinstance(mask, torch.Tensor) for mask in self.masks):
+            return pack(torch.stack(self.masks).detach().cpu().numpy())  # type: ignore[arg-type]
         return np.stack([_packed(mask) for mask in self.masks])
 
 
@@ -617,10 +619,12 @@ def _allowed_rows(rows: torch.Tensor, asked: _Asked, start: int, stop: int) -> t
     mask_of_row = asked.mask_of_draw[start:stop]
     if (mask_of_row < 0).all():
         return some
-    is_allowed = torch.ones(1 + len(asked.masks), rows.shape[1], dtype=torch.bool, device=rows.device)
-    for i, mask in enumerate(asked.masks, 1):
-        is_allowed[i] = _as_tensor(mask)
-    return some.masked_fill(~is_allowed[torch.from_numpy(mask_of_row + 1).to(rows.device)], -math.inf)
+    different, of_row = np.unique(mask_of_row, return_inverse=True)
+    is_allowed = torch.ones(len(different), rows.shape[1], dtype=torch.bool, device=rows.device)
+    for i, mask in enumerate(different.tolist()):
+        if mask >= 0:
+            is_allowed[i] = _as_tensor(asked.masks[mask])
+    return some.masked_fill(~is_allowed[torch.from_numpy(of_row).to(rows.device)], -math.inf)
 
 
 def _checked(
@@ -659,6 +663,10 @@ def _different(shape: tuple[int, int], masks: Masks) -> tuple[Sequence[Mask], np
     if isinstance(masks, torch.Tensor | np.ndarray):
         _check_mask(masks, shape)
         return list(masks), np.arange(n_draws)
+    if isinstance(masks, PackedMask):
+        raise InvalidQuery(
+            f"one packed mask was given for {n_draws} rows; expected a list with a mask or None for each"
+        )
     if len(masks) != n_draws:
         raise InvalidQuery(f"there are {len(masks)} masks for {n_draws} rows; expected one mask or None each")
     different = {id(mask): mask for mask in masks if mask is not None}
@@ -685,8 +693,8 @@ def _as_tensor(mask: Mask) -> torch.Tensor:
 
 def _check_mask(mask: Mask, shape: tuple[int, ...]) -> None:
     if isinstance(mask, PackedMask):
-        if (mask.n_tokens,) != shape or mask.words.shape != (n_words(mask.n_tokens),):
-            raise InvalidQuery(f"a packed mask is of {mask.n_tokens} tokens; expected {shape}")
+        if (mask.n_tokens,) != shape:
+            raise InvalidQuery(f"a packed mask is of {mask.n_tokens} tokens; expected {shape[0]}")
         return
     if not isinstance(mask, torch.Tensor | np.ndarray):
         raise InvalidQuery(f"a mask is a {type(mask).__name__}; expected a bool array of shape {shape}")

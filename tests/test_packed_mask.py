@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from genlm_backend.errors import InvalidQuery
 from genlm_backend.packed_mask import PackedMask, n_words, pack, unpack
 
 
@@ -23,6 +26,14 @@ def test_the_bit_of_a_token_is_where_it_is_said_to_be() -> None:
     for token_id in (0, 5, 31, 32, 70):
         words = pack(np.arange(71) == token_id)
         assert [int(word) for word in words] == [1 << token_id % 32 if i == token_id // 32 else 0 for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "words", [[1], np.array([1]), np.zeros(2, np.uint32), np.zeros((1, 1), np.uint32), np.zeros(1, np.int32)], ids=repr
+)
+def test_words_that_do_not_fit_are_refused(words: Any) -> None:
+    with pytest.raises(InvalidQuery, match=r"expected uint32 of shape \(1,\)"):
+        PackedMask(words, 7)
 
 
 def test_a_mask_is_only_itself() -> None:

@@ -276,8 +276,11 @@ def test_what_a_mask_forbids_may_be_anything(n_allowed: int):
 
 
 def test_a_packed_mask_of_another_vocabulary_is_refused():
-    with pytest.raises(InvalidQuery, match="of 5 tokens"):
-        sampling.draw(torch.zeros(1, 6), [1], None, [PackedMask.of(np.ones(5, np.bool_))])
+    mask = PackedMask.of(np.ones(5, np.bool_))
+    with pytest.raises(InvalidQuery, match="of 5 tokens; expected 6"):
+        sampling.draw(torch.zeros(1, 6), [1], None, [mask])
+    with pytest.raises(InvalidQuery, match="one packed mask was given for 1 rows"):
+        sampling.draw(torch.zeros(1, 5), [1], None, mask)  # type: ignore[arg-type]
 
 
 def test_masks_may_be_one_table_or_one_per_row():

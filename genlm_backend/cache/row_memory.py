@@ -25,8 +25,8 @@ class RowMemory:
         n_bytes: Size of the ring; pages are taken from the system when they are first used.
     """
 
-    def __init__(self, n_bytes: int) -> None:
-        self._size = n_bytes // 4
+    def __init__(self, n_bytes: float) -> None:
+        self._size = int(min(n_bytes, 2**62)) // 4
         self._ring: npt.NDArray[np.float32] | None = None
         self._cursor = 0
         self._lent: dict[int, int] = {}  # where each piece begins and ends
@@ -38,7 +38,11 @@ class RowMemory:
         if start is None:
             return torch.from_numpy(np.empty(tuple(shape), np.float32))
         if self._ring is None:
-            self._ring = np.empty(self._size, np.float32)
+            try:
+                self._ring = np.empty(self._size, np.float32)
+            except (MemoryError, ValueError):  # a bound that was meant as none
+                self._size = 0
+                return self.empty(shape)
         piece = self._ring[start : start + n]
         self._lent[start] = self._cursor = start + n
         weakref.finalize(piece, self._lent.pop, start).atexit = False
@@ -50,7 +54,7 @@ class RowMemory:
 
     def _place(self, n: int) -> int | None:
         """Where the first gap of `n` numbers begins, from the cursor on or else from the start; None without one."""
-        lent = sorted(self._lent.items())
+        lent = sorted(self._lent.copy().items())  # a collection of garbage may end a piece at any allocation
         for at in (self._cursor, 0):
             for start, stop in lent:
                 if start - at >= n:

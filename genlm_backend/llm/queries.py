@@ -19,7 +19,7 @@ from genlm_backend import sampling
 from genlm_backend.cache.row_memo import Block
 from genlm_backend.errors import EmptyPrompt, InvalidQuery, NoTokenAllowed, TokenIdError
 from genlm_backend.llm.contexts import checked_ids
-from genlm_backend.packed_mask import PackedMask, n_words
+from genlm_backend.packed_mask import PackedMask
 from genlm_backend.trie import NextBytes, NextByteTokens
 
 Mask = torch.Tensor | npt.NDArray[np.bool_] | PackedMask
@@ -312,7 +312,7 @@ def _checked_k(k: object, n_vocab: int, what: str) -> int:
 
 def _checked_mask(mask: Mask, n_vocab: int) -> Mask:
     if isinstance(mask, PackedMask):
-        if mask.n_tokens != n_vocab or mask.words.shape != (n_words(n_vocab),) or mask.words.dtype != np.uint32:
+        if mask.n_tokens != n_vocab:
             raise InvalidQuery(f"a packed mask is of {mask.n_tokens} tokens; expected {n_vocab}")
         return mask
     copied: torch.Tensor | npt.NDArray[np.bool_]

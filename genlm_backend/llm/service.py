@@ -104,7 +104,7 @@ class Service:
         self.engine = engine
         self.n_vocab = n_vocab
         self.memo = RowMemo(row_memo_bytes)
-        self._memory = RowMemory(row_memo_bytes + row_memo_bytes // 4)  # gaps included
+        self._memory = RowMemory(1.25 * row_memo_bytes)  # gaps included
         self.batcher = Batcher(self._evaluate, batch_size=batch_size, explain=_explain)
         self.n_requests = 0
         self.n_row_hits = 0
@@ -185,7 +185,8 @@ class Service:
         logits = self.engine.evaluate(contexts)  # type: ignore[arg-type]
         if len(logits) != len(contexts):
             raise RuntimeError(f"the engine gave {len(logits)} rows for {len(contexts)} contexts")
-        self.memo.make_room(4 * len(logits) * self.n_vocab)
+        if logits.device.type == "cpu" and generation == self.memo.generation:
+            self.memo.make_room(4 * len(logits) * self.n_vocab)  # there the new rows may be
         block = normalize(logits, self.n_vocab, self._memory)
         finite = [row for row, value in enumerate(block.log_normalizers) if math.isfinite(value)]
         self.memo.put([contexts[row] for row in finite], finite, block, generation)

@@ -47,6 +47,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from genlm_backend.errors import InvalidQuery
 from genlm_backend.packed_mask import Words, pack
 
 State = Any
@@ -144,8 +145,18 @@ class Constraint(Potential):
         return np.stack([self.mask(state) for state in states])
 
     def packed_masks(self, states: Sequence[State]) -> Words:
-        """`(len(states), ceil((n_tokens + 1) / 32))` uint32, the caller's own: `masks`, packed as in `PackedMask`."""
-        return pack(self.masks(states))
+        """`(len(states), ceil((n_tokens + 1) / 32))` uint32, the caller's own: `masks`, as in `PackedMask`.
+
+        Raises:
+            InvalidQuery: `masks` gave something else.
+        """
+        masks, shape = self.masks(states), (len(states), self.n_tokens + 1)
+        if masks.shape != shape or masks.dtype != np.bool_:
+            raise InvalidQuery(
+                f"{type(self).__name__}.masks gave {masks.dtype} of shape {masks.shape}; expected bool of shape "
+                f"{shape}, a column for each token and one for ending"
+            )
+        return pack(masks)
 
     def allows(self, state: State, symbol: int) -> bool:
         """Whether this token may follow, or with `end` whether it may end: `mask(state)[symbol]`, usually cheaper."""

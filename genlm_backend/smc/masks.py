@@ -84,7 +84,6 @@ class Masks:
     def _rows(self, states: Sequence[Sequence[State]]) -> list[PackedMask]:
         of_constraint = zip(self._constraints, zip(*states, strict=True), strict=True)
         first, *others = [constraint.packed_masks(its_states) for constraint, its_states in of_constraint]
-        first = first.copy()  # it may be the constraint's own
         for other in others:
             first &= other
         n_tokens = self._constraints[0].n_tokens

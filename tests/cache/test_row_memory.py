@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import sys
 import threading
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +95,51 @@ def test_a_released_ring_lives_as_long_as_its_pieces() -> None:
     del old  # it comes back to the ring that it was of
     others = [memory.empty((1, 5)).fill_(3.0) for _ in range(4)]
     assert bool((new == 2.0).all()) and len(others) == 4
+
+
+def test_a_released_ring_goes_when_its_pieces_are_gone() -> None:
+    memory = RowMemory(4 * 20)
+    piece = memory.empty((2, 5))
+    assert memory._ring is not None
+    ring = weakref.ref(memory._ring)
+    memory.release()
+    assert ring() is not None
+    del piece
+    assert ring() is None
+
+
+@pytest.mark.parametrize("n_bytes", [10**17, sys.maxsize, math.inf, 1e17])
+def test_a_bound_that_means_none_takes_no_ring(n_bytes: float) -> None:
+    memory = RowMemory(n_bytes)
+    for _ in range(2):
+        assert memory.empty((2, 5)).fill_(1.0).sum() == 10
+
+
+def test_pieces_that_end_while_a_place_is_sought_do_no_harm() -> None:
+    """The collector may run, and end pieces that are held by cycles, wherever memory is asked for."""
+
+    class Treacherous(dict[int, int]):
+        def items(self) -> Any:
+            for number, item in enumerate(super().items()):
+                if not number:
+                    cycles.clear()
+                    gc.collect()
+                yield item
+
+        def copy(self) -> dict[int, int]:  # one call of the interpreter
+            return dict.copy(self)
+
+    memory = RowMemory(4 * 40)
+    memory._lent = Treacherous()
+    cycles: list[list[object]] = []
+    for _ in range(2):
+        cycle: list[object] = [memory.empty((2, 5))]
+        cycle.append(cycle)
+        cycles.append(cycle)
+    del cycle
+    held = memory.empty((2, 5)).fill_(1.0)
+    rows = memory.empty((1, 5)).fill_(2.0)
+    assert bool((held == 1.0).all()) and rows.sum() == 10
 
 
 def test_a_random_life_never_mixes_rows_up() -> None:

@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from genlm_backend.errors import InvalidQuery
 from genlm_backend.llm.queries import Draw, check_query
 from genlm_backend.packed_mask import PackedMask
 from genlm_backend.potentials import LanguageModel, Product
@@ -104,6 +105,20 @@ async def test_a_constraints_own_table_is_not_written_to():
         assert allowed(await masks.ask([(0,)])) == [True, False, True]
     assert rule.table.tolist() == [[True, True, True, False]] * 2
     assert rule.table.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "table",
+    [np.ones((1, 3), np.bool_), np.ones((1, 5), np.bool_), np.ones((2, 4), np.bool_), np.ones((1, 4), np.uint8)],
+    ids=["no end", "too wide", "too many", "no bools"],
+)
+async def test_masks_of_the_wrong_shape_are_refused_by_name(table):
+    class Wrong(NoRepeat):
+        def masks(self, states):
+            return table
+
+    with pytest.raises(InvalidQuery, match=r"Wrong\.masks gave .* expected bool of shape \(1, 4\)"):
+        await Masks([Wrong()], []).ask([()])
 
 
 async def test_who_is_cancelled_is_not_asked_about():

@@ -11,6 +11,7 @@ from genlm_backend.cache.prefix_tree import PrefixTree, Slots
 from genlm_backend.llm.service import Context
 
 FIRST_CAPACITY = 1024
+MOST_SPARE_BYTES = 64 * 2**20  # what an emptied pool may keep for the next one
 PLAN_TOKENS = 8192  # new tokens of a batch for which room is made at once: bounds what it holds beyond the budget
 
 
@@ -33,22 +34,23 @@ class KVPool:
         self._free: list[int] = []  # a heap
         self._capacity = FIRST_CAPACITY
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._spare: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of the pool that this one follows
         self._positions = np.zeros(FIRST_CAPACITY, np.int64)
 
     def emptied(self) -> KVPool:
-        """One that holds nothing. The memory is the same as long as it is small: new pages cost more than a forward.
+        """One that holds nothing. It uses the same memory where that is little: new pages cost more than a forward.
 
         A batch that still writes into this one must end before the other one is used.
         """
         new = KVPool(self.budget_bytes)
         new.bytes_per_slot = self.bytes_per_slot
-        if self._capacity == FIRST_CAPACITY:
-            new._layers = dict(self._layers)
+        if self._capacity == FIRST_CAPACITY and self._capacity * self.bytes_per_slot <= MOST_SPARE_BYTES:
+            new._spare = {**self._spare, **self._layers}
         return new
 
     def release(self) -> None:
         """Give its memory back; nothing is held here any more."""
-        self._layers.clear()
+        self._layers, self._spare = {}, {}
 
     def allocate(self, positions: list[int]) -> Slots:
         """A free slot for each new token, in increasing order: (n,); grows the pool when none is left.
@@ -98,7 +100,7 @@ class KVPool:
         """
         held = self._layers.get(layer)
         if held is None:
-            held = self._layers[layer] = (self._new(key), self._new(value))
+            held = self._layers[layer] = self._spare_of(layer, key, value) or (self._new(key), self._new(value))
             self.bytes_per_slot = max(self.bytes_per_slot, sum(map(_bytes_per_slot, self._layers.values())))
         first, n = int(slots[0]), len(slots)
         if int(slots[-1]) - first == n - 1:
@@ -154,6 +156,16 @@ class KVPool:
         """Numbers of the layers that have been written."""
         return sorted(self._layers)
 
+    def _spare_of(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Memory of this layer that holds nothing any more, if it fits: a model may have got another type or device."""
+        spare = self._spare.pop(layer, None)
+        if spare is None or any(
+            (had.dtype, had.device, had.shape) != (new.dtype, new.device, (len(new), self._capacity, new.shape[2]))
+            for had, new in zip(spare, (key, value), strict=True)
+        ):
+            return None
+        return spare
+
     def _new(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(like.shape[0], self._capacity, like.shape[2])
 
@@ -170,7 +182,7 @@ class KVPool:
 
 
 class KVCache:
-    """The tree and the pool it points into; replaced as a whole when cleared.
+    """The tree and the pool it points into; replaced together when cleared.
 
     Args:
         budget_bytes: Bound of what is kept between batches.

@@ -45,7 +45,7 @@ class AsyncTransformer(AsyncLM):
         hf_tokenizer: Its tokenizer.
         batch_size: Most distinct contexts in one batch; default 256.
         kv_cache_bytes: Bound of cached keys and values; default a quarter of the free memory, at most 16 GiB.
-        row_memo_bytes: Bound of remembered rows, the newest batch apart.
+        row_memo_bytes: Bound of remembered rows, the newest batch apart; on a CPU up to a quarter more is used.
 
     Raises:
         UnsupportedModel: It is an encoder-decoder, has no language-model head, or lies on several devices.

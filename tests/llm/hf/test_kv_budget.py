@@ -150,18 +150,25 @@ def test_an_emptied_pool_keeps_small_memory_and_nothing_else(monkeypatch: pytest
     put(first, [1, 2, 3])
     second = first.emptied()
     assert second.tree.n_tokens == second.pool.n_used == second.n_bytes == 0
-    assert second.pool.layers == [0, 1] and places(second) == places(first)
+    assert second.pool.layers == []
+    put(second.emptied(), [1])  # cleared twice
     put(second, [7, 8])
+    assert second.pool.layers == [0, 1] and places(second) == places(first)
     assert_held(second, [7, 8])
     put(second, [1, 2, 3, 4, 5])  # more than there is room for
     assert_held(second, [7, 8])
     assert_held(second, [1, 2, 3, 4, 5])
     third = second.emptied()
-    assert second.pool.capacity == 8 and third.pool.layers == [] and third.pool.capacity == 4
+    assert second.pool.capacity == 8 and third.pool.capacity == 4
     put(third, [9])
     assert_held(third, [9])
-    third.pool.release()
-    assert third.pool.layers == []
+    assert not places(third) & places(second), "what has grown is given back"
+    monkeypatch.setattr(kv_pool, "MOST_SPARE_BYTES", 10)
+    fourth = third.emptied()
+    put(fourth, [9])
+    assert not places(fourth) & places(third), "so is what is large"
+    fourth.pool.release()
+    assert fourth.pool.layers == []
 
 
 def test_a_pool_grown_too_far_before_its_first_forward_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:

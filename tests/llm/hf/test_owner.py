@@ -141,6 +141,24 @@ async def test_weights_are_shared_not_copied(wrap: Callable[..., AsyncTransforme
     assert difference((await llm.next_token_logprobs(PROMPT))[None], plain_row(model, PROMPT)[None]).nats <= TINY_NATS
 
 
+@pytest.mark.filterwarnings("ignore::genlm_backend.errors.SlowPathWarning")
+@pytest.mark.parametrize("is_packed", [True, False])
+async def test_a_model_that_got_another_dtype_is_served_after_a_clear(
+    wrap: Callable[..., AsyncTransformer], is_packed: bool
+) -> None:
+    model = fresh("llama") if is_packed else fresh("bloom")
+    llm = wrap(model)
+    assert llm.path == ("packed" if is_packed else "cached")
+    await llm.next_token_logprobs(PROMPT)
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        llm.clear_cache()
+        row = await llm.next_token_logprobs(PROMPT)
+        assert difference(row[None], plain_row(model, PROMPT)[None].float()).nats <= TINY_NATS
+        keys, values = llm._service.engine.kv.pool._layers[0]  # type: ignore[attr-defined]
+        assert keys.dtype == values.dtype == dtype
+
+
 async def test_gradients_still_reach_a_wrapped_model(wrap: Callable[..., AsyncTransformer]) -> None:
     model = fresh("llama")
     llm = wrap(model)
