@@ -33,6 +33,7 @@ from benchmark.json_task import LARK, PROMPT, is_valid
 from benchmark.machine import commit, describe_machine, dtype, machine_line, markdown_table, with_notes
 from benchmark.workers import QUIET_CORES, Patience, Worker, WorkerFailed
 from benchmark.workloads import Workload
+from genlm_backend.packed_mask import n_words
 from genlm_backend.potentials import grammar
 
 TRANSFORMERS_CFG, GRAMMAR_GUIDE = "0.2.7", "0.0.11"
@@ -324,26 +325,32 @@ def measure_masks(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(resolve_model(options.model, lambda text: None))
     vocabulary = GrammarVocabulary(decode_vocab(tokenizer)[0])
     constraint = Grammar.json_schema(vocabulary, SCHEMA)
-    states = [constraint.start()]
-    for token_id in tokenizer.encode(TEXT):
+    states, token_ids = [constraint.start()], tokenizer.encode(TEXT)
+    for token_id in token_ids:
         states.append(constraint.extend(states[-1], token_id))
     assert constraint.is_complete(states[-1]) and len(states) >= max(MASK_BATCHES), len(states)
     constraint.masks(states)  # the lexer's states are made at their first use
     rows: dict[str, dict[int, dict[str, float]]] = {}
     for n_threads in sorted({1, options.threads}):
         grammar._threads = llguidance.LLExecutor(n_threads)
-        rows[str(n_threads)] = {n: _mask_times(constraint, states, n, options.repeats) for n in MASK_BATCHES}
+        rows[str(n_threads)] = {n: _mask_times(constraint, states, token_ids, n, options.repeats) for n in MASK_BATCHES}
     grammar._threads = llguidance.LLExecutor(1)  # one core is left for Python
     share = _share_of_python(constraint, states)
     grammar._threads = None
     return {"masks": rows, "vocab": vocabulary.n_tokens, "python_runs": share}
 
 
-def _mask_times(constraint: Any, states: Sequence[Any], n: int, repeats: int) -> dict[str, float]:
-    """Of a step of so many particles, each somewhere else in the text: the share of one of them."""
+def _mask_times(
+    constraint: Any, states: Sequence[Any], token_ids: Sequence[int], n: int, repeats: int
+) -> dict[str, float]:
+    """Of a step of so many particles, each somewhere else in the text: the share of one of them.
+
+    Each has just read its token: a parser remembers the mask that it made last, and its copies do too.
+    """
     times = []
     for number in range(max(repeats, 1) * 40):
-        batch = [states[(number + i) % len(states)] for i in range(n)]
+        at = [(number + i) % len(token_ids) for i in range(n)]
+        batch = [constraint.extend(states[i], token_ids[i]) for i in at]
         started = time.perf_counter()
         constraint.masks(batch)
         times.append((time.perf_counter() - started) / n * 1e6)
@@ -368,10 +375,10 @@ def _share_of_python(constraint: Any, states: Sequence[Any]) -> float:
 
     batch = list(states) * 40
     live = [(constraint._parser(state).deep_copy(), i) for i, state in enumerate(batch)]
-    words = np.zeros((len(batch), constraint._n_words), np.int32)
+    words = np.zeros((len(batch), n_words(constraint.n_tokens + 1)), np.uint32)
 
     def fill() -> None:
-        grammar._executor().unsafe_compute_mask_ptr(live, words.ctypes.data, constraint._n_words * 4, len(batch))
+        grammar._executor().unsafe_compute_mask_ptr(live, words.ctypes.data, words.strides[0], len(batch))
 
     thread = threading.Thread(target=counting)
     thread.start()
