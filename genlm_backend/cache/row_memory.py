@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+SMALL_BYTES = 1 << 18  # malloc keeps what is smaller; with it, finding a place among thousands would cost more
+
 
 class RowMemory:
     """A ring: what is lent follows what was lent before, and comes back when the last tensor that shares it is gone.
@@ -32,9 +34,9 @@ class RowMemory:
         self._lent: dict[int, int] = {}  # where each piece begins and ends
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
-        """A float32 tensor that holds anything; in memory of its own where the ring has no place for it."""
+        """A float32 tensor that holds anything; in memory of its own if it is small or the ring has no place for it."""
         n = math.prod(shape)
-        start = self._place(n) if n else None
+        start = self._place(n) if n and 4 * n >= SMALL_BYTES else None
         if start is None:
             return torch.from_numpy(np.empty(tuple(shape), np.float32))
         if self._ring is None:

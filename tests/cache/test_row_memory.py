@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from genlm_backend.cache import row_memory
 from genlm_backend.cache.row_memory import RowMemory
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_memory, "SMALL_BYTES", 0)
 
 
 def place(rows: torch.Tensor) -> int:
@@ -82,6 +88,17 @@ def test_where_the_ring_is_too_small_rows_have_memory_of_their_own() -> None:
     memory = RowMemory(0)
     assert memory.empty((2, 5)).fill_(1.0).sum() == 10
     assert memory.empty((0, 5)).shape == (0, 5) and memory.empty((2, 0)).shape == (2, 0)
+
+
+def test_small_rows_are_left_to_malloc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memo of small rows has thousands of pieces, and each new one is sought among them."""
+    monkeypatch.setattr(row_memory, "SMALL_BYTES", 44)
+    memory = RowMemory(4 * 20)
+    small, large = memory.empty((10,)), memory.empty((11,))
+    assert memory._lent == {0: 11}
+    small.fill_(1.0)
+    large.fill_(2.0)
+    assert small.sum() == 10
 
 
 def test_a_released_ring_lives_as_long_as_its_pieces() -> None:

@@ -21,6 +21,7 @@ import torch
 
 from genlm_backend import errors
 from genlm_backend.batching import run_sync
+from genlm_backend.cache import row_memory
 from genlm_backend.errors import EvaluationFailed, GenlmError, ModelClosed, NonFiniteLogits, QueriesReset
 from genlm_backend.llm import AsyncLM, LogNormalizer, TopK
 from genlm_backend.llm.service import Context, Engine, normalize
@@ -137,7 +138,8 @@ async def test_without_a_memo_everything_is_computed(load: Load) -> None:
     assert len(engine.batches) == 3 and llm.statistics().row_hits == 0
 
 
-async def test_a_batch_is_put_where_forgotten_rows_were(load: Load) -> None:
+async def test_a_batch_is_put_where_forgotten_rows_were(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_memory, "SMALL_BYTES", 0)
     engine, llm = load(row_memo_bytes=4 * 4 * N_VOCAB)  # of four rows, and one more
     where = set()
     for i in range(12):
