@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from genlm_backend.errors import InvalidQuery
 
-BoolRow = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint32]
 
 WORD_BITS = 32
@@ -41,11 +40,11 @@ class PackedMask:
             )
 
     @classmethod
-    def of(cls, allowed: BoolRow) -> Self:
+    def of(cls, allowed: npt.NDArray[np.bool_]) -> Self:
         """Of a `(n_tokens,)` bool mask."""
         return cls(pack(allowed), len(allowed))
 
-    def unpacked(self) -> BoolRow:
+    def unpacked(self) -> npt.NDArray[np.bool_]:
         """`(n_tokens,)` bool."""
         return unpack(self.words, self.n_tokens)
 
