@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,26 @@ def test_threads_draw_the_same_tokens_at_once():
     with ThreadPoolExecutor(8) as threads:
         for drawn in threads.map(lambda _: sampling.draw(rows, keys), range(64)):
             assert torch.equal(drawn, expected)
+
+
+def test_rows_shared_among_threads_draw_the_same_tokens(monkeypatch: pytest.MonkeyPatch):
+    rows, masks, keys = some_rows(40, 300, 1), some_masks(40, 300, 1), some_keys(40)
+    kept = [sampling.Kept(20, 0.9)] * 40
+
+    def everything() -> list[torch.Tensor]:
+        drawn = sampling.draw_with_mass(rows, list(range(40)), keys, [0.7] * 40, masks)
+        filtered = sampling.draw_filtered(rows, list(range(40)), keys, kept, [0.7] * 40, masks)
+        return [sampling.draw(rows, keys, None, masks), *drawn, *filtered, *sampling.top_k(rows, 5)]
+
+    alone = everything()
+    monkeypatch.setattr(sampling, "_ROWS_OF_A_THREAD", 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    started = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread)))
+    for one, other in zip(alone, everything(), strict=True):
+        assert torch.equal(one, other)
+    assert len(started) == 4 * 3
 
 
 def test_a_constant_added_to_a_row_changes_no_draw():
