@@ -26,6 +26,8 @@ def checked_ids(token_ids: object, n_ids: int, max_length: int | None) -> tuple[
         ContextTooLong: At or over the context length, so that the next token would not fit.
     """
     match token_ids:
+        case tuple():  # first: the others take longer to tell apart than to read
+            ids = tuple(token_ids)
         case torch.Tensor() | np.ndarray():
             kind = np.dtype(token_ids.dtype).kind if isinstance(token_ids, np.ndarray) else _kind(token_ids)
             if token_ids.ndim != 1 or kind not in "iu":

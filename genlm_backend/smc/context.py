@@ -381,15 +381,15 @@ class Context:
             raise Died
 
     def _piece(self, what: object, drawn: Proposed) -> bytes | None:
+        if isinstance(what, Potential):
+            what = Direct(what)
+        if isinstance(what, Proposal):
+            return what.piece(drawn.value) if drawn.log_weight > -math.inf else None
         if isinstance(what, torch.Tensor | np.ndarray):
             vocab = self._byte_vocab
             if drawn.value < 0:
                 return None
             return bytes(vocab[drawn.value]) if vocab and len(vocab) == len(what) else f"{drawn.value} ".encode()
-        if isinstance(what, Potential):
-            what = Direct(what)
-        if isinstance(what, Proposal):
-            return what.piece(drawn.value) if drawn.log_weight > -math.inf else None
         return None if drawn.value is None else f"{drawn.value} ".encode()
 
     async def _answer(self, llm: AsyncLM, token_ids: Sequence[int], query: Query, lora_name: str | None) -> Any:
@@ -405,9 +405,6 @@ class Context:
         proposal: LogRow | Distribution | None,
         key: int,
     ) -> Proposed:
-        if isinstance(what, torch.Tensor | np.ndarray):
-            row = as_row(what)
-            return _from_row(row, mask, proposal, key) if self.ranks is None else self._ranked(row, mask)
         if isinstance(what, Potential):
             what = Direct(what)
         if isinstance(what, Proposal):
@@ -416,6 +413,9 @@ class Context:
             if self.ranks is not None:
                 return self._ranked(await what.target_row(state), None)
             return await what.propose(state, key)
+        if isinstance(what, torch.Tensor | np.ndarray):
+            row = as_row(what)
+            return _from_row(row, mask, proposal, key) if self.ranks is None else self._ranked(row, mask)
         if not isinstance(what, Distribution):
             raise InvalidProgram(f"ctx.sample got {what!r}", "give it a row, a distribution, a potential or a proposal")
         if self.ranks is None:

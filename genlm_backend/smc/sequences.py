@@ -6,7 +6,7 @@ result = await smc(sequences(LanguageModel(llm, "The answer is") * grammar, max_
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from genlm_backend.errors import InvalidProgram
@@ -99,11 +99,11 @@ class _Writing(Particle):
 
     def _with(self, token_id: int) -> _Writing:
         critic = self.rules.critic
-        return replace(
-            self,
-            state=self.rules.proposal.extend(self.state, token_id),
-            critic_state=None if critic is None else critic.extend(self.critic_state, token_id),
-            token_ids=(*self.token_ids, token_id),
+        return _Writing(
+            self.rules,
+            self.rules.proposal.extend(self.state, token_id),
+            None if critic is None else critic.extend(self.critic_state, token_id),
+            (*self.token_ids, token_id),
         )
 
     async def _at_limit(self, ctx: Context) -> Done:
