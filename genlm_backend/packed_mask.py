@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Self
 
@@ -51,6 +52,19 @@ class PackedMask:
     def any(self) -> bool:
         """Whether a token is allowed."""
         return bool(self.words.any())
+
+
+@dataclass(frozen=True, eq=False)
+class LateMask:
+    """A packed mask that another thread is making; who needs it waits for it.
+
+    Attributes:
+        n_tokens: Number of tokens.
+        made: The mask, or what was raised instead.
+    """
+
+    n_tokens: int
+    made: Future[PackedMask]
 
 
 def pack(allowed: npt.NDArray[np.bool_]) -> Words:

@@ -19,11 +19,12 @@ from genlm_backend import sampling
 from genlm_backend.cache.row_memo import Block
 from genlm_backend.errors import EmptyPrompt, InvalidQuery, NoTokenAllowed, TokenIdError
 from genlm_backend.llm.contexts import checked_ids
-from genlm_backend.packed_mask import PackedMask
+from genlm_backend.packed_mask import LateMask, PackedMask
 from genlm_backend.trie import NextBytes, NextByteTokens
 
 Mask = torch.Tensor | npt.NDArray[np.bool_] | PackedMask
 
+_INTEGERS = (int, np.integer)
 _NUMBERS = (int, float, np.integer, np.floating)
 
 
@@ -37,7 +38,8 @@ class Draw(NamedTuple):
     Attributes:
         key: From `sampling.draw_key`.
         temperature: Divides the log-probabilities; 0 takes the most probable token.
-        mask: `(vocab,)` bool, or packed: the tokens that may be drawn; None allows all.
+        mask: `(vocab,)` bool, or packed: the tokens that may be drawn; None allows all. A late one is waited for when
+            the row is there, not before.
         top_k: Among the so many most probable tokens; None is all. Filters come after the temperature, in the order
             min_p, top_k, top_p, and before the mask; at temperature 0 they see temperature 1.
         top_p: Among the fewest most probable tokens that reach this mass; None is all.
@@ -46,7 +48,7 @@ class Draw(NamedTuple):
 
     key: int
     temperature: float = 1.0
-    mask: Mask | None = None
+    mask: Mask | LateMask | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
@@ -96,9 +98,9 @@ class Logprobs(NamedTuple):
 
 
 class MaskMass(NamedTuple):
-    """Log of the total probability of the tokens of a `(vocab,)` bool or packed mask: a float, -inf for none."""
+    """Log of the total probability of the tokens of a `(vocab,)` bool, packed or late mask: a float, -inf for none."""
 
-    mask: Mask
+    mask: Mask | LateMask
 
 
 class LogNormalizer(NamedTuple):
@@ -130,13 +132,14 @@ def check_query(query: object, n_vocab: int) -> Query:
         case Row() | LogNormalizer():
             return query
         case Draw(key, temperature, mask, top_k, top_p, min_p):
-            if isinstance(key, bool) or not isinstance(key, int | np.integer):
+            if isinstance(key, bool) or not isinstance(key, _INTEGERS):
                 raise InvalidQuery(f"the key of Draw is {key!r}; expected an integer from sampling.draw_key(...)")
             if not (isinstance(temperature, _NUMBERS) and 0 <= temperature < math.inf):
                 raise InvalidQuery(f"the temperature of Draw is {temperature!r}; expected a finite number >= 0")
             if top_k is not None:
                 top_k = _checked_k(top_k, n_vocab, "the top_k of Draw")
-            sampling.check_kept(sampling.Kept(None, top_p, min_p))
+            if top_p is not None or min_p is not None:
+                sampling.check_kept(sampling.Kept(None, top_p, min_p))
             checked = None if mask is None else _checked_mask(mask, n_vocab)
             top_k, top_p, min_p = None if top_k == n_vocab else top_k, None if top_p == 1 else top_p, min_p or None
             return Draw(int(key), float(temperature), checked, top_k, top_p, min_p)
@@ -163,13 +166,39 @@ def check_query(query: object, n_vocab: int) -> Query:
     )
 
 
+def is_late(query: Query) -> bool:
+    """Whether its mask is still being made."""
+    return isinstance(query, Draw | MaskMass) and isinstance(query.mask, LateMask)
+
+
 def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
-    """Answers, or exceptions for one asker each, to queries about rows of a block.
+    """Answers, or exceptions for one asker each, to queries about rows of a block; waits for late masks.
 
     Args:
         block: `(batch, vocab)` rows; not changed.
         asked: (row, query) pairs; each row is finite.
     """
+    prompt = [(row, _prompt(query)) for row, query in asked]
+    answers = [query if isinstance(query, Exception) else None for _, query in prompt]
+    places = [i for i, failed in enumerate(answers) if failed is None]
+    found = _answer(block, [(row, query) for row, query in prompt if not isinstance(query, Exception)])
+    for i, outcome in zip(places, found, strict=True):
+        answers[i] = outcome
+    return answers
+
+
+def _prompt(query: Query) -> Query | Exception:
+    """The query with its mask made; or what was raised when it was made."""
+    if not is_late(query):
+        return query
+    assert isinstance(query, Draw | MaskMass) and isinstance(query.mask, LateMask)
+    try:
+        return query._replace(mask=query.mask.made.result())
+    except Exception as error:
+        return error
+
+
+def _answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
     answers: list[Any] = [None] * len(asked)
     masses = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, MaskMass)]
     for of_filters, draw in ((False, _draw), (True, _draw_filtered)):
@@ -183,7 +212,7 @@ def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
             for (i, _, _), outcome in zip(draws, drawn, strict=True):
                 answers[i] = outcome
     if masses:
-        masks = [query.mask for _, _, query in masses]
+        masks = [_mask_of(query) for _, _, query in masses]
         log_masses = sampling.log_mass(_rows(block.logprobs, [row for _, row, _ in masses]), masks).tolist()
         for (i, _, _), log_mass in zip(masses, log_masses, strict=True):
             answers[i] = min(log_mass, 0.0)
@@ -231,7 +260,7 @@ def _byte_marginals(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterato
 
 def _draw(logprobs: torch.Tensor, rows: list[int], queries: list[Draw]) -> list[Drawn | NoTokenAllowed]:
     temperatures = [query.temperature for query in queries]
-    masks = [query.mask for query in queries] if any(query.mask is not None for query in queries) else None
+    masks = [_mask_of(query) for query in queries] if any(query.mask is not None for query in queries) else None
     keys = [query.key for query in queries]
     is_plain = [query.mask is None and query.temperature == 1 for query in queries]
     log_totals = log_wholes = [0.0] * len(queries)
@@ -278,7 +307,7 @@ def _draw_filtered(logprobs: torch.Tensor, rows: list[int], queries: list[Draw])
         [query.key for query in queries],
         [query.kept or sampling.Kept() for query in queries],
         [query.temperature for query in queries],
-        [query.mask for query in queries] if any(query.mask is not None for query in queries) else None,
+        [_mask_of(query) for query in queries] if any(query.mask is not None for query in queries) else None,
     )
     of_draw = torch.tensor(rows, device=logprobs.device)
     chosen = logprobs[of_draw, found.token_ids.clamp(min=0)].tolist()
@@ -294,9 +323,15 @@ def _draw_filtered(logprobs: torch.Tensor, rows: list[int], queries: list[Draw])
 def _nothing_allowed(query: Draw) -> NoTokenAllowed:
     filters = {"top_k": query.top_k, "top_p": query.top_p, "min_p": query.min_p}
     told = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
-    mask = query.mask.unpacked() if isinstance(query.mask, PackedMask) else query.mask
-    n_allowed = 0 if mask is None else int(mask.sum())
+    mask = _mask_of(query)
+    allowed = mask.unpacked() if isinstance(mask, PackedMask) else mask
+    n_allowed = 0 if allowed is None else int(allowed.sum())
     return NoTokenAllowed(n_allowed, told) if told else NoTokenAllowed(n_allowed)
+
+
+def _mask_of(query: Draw | MaskMass) -> Mask | None:
+    assert not isinstance(query.mask, LateMask)  # `answer` waited for it
+    return query.mask
 
 
 def _rows(logprobs: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -310,8 +345,8 @@ def _checked_k(k: object, n_vocab: int, what: str) -> int:
     return int(k)
 
 
-def _checked_mask(mask: Mask, n_vocab: int) -> Mask:
-    if isinstance(mask, PackedMask):
+def _checked_mask(mask: Mask | LateMask, n_vocab: int) -> Mask | LateMask:
+    if isinstance(mask, PackedMask | LateMask):
         if mask.n_tokens != n_vocab:
             raise InvalidQuery(f"a packed mask is of {mask.n_tokens} tokens; expected {n_vocab}")
         return mask

@@ -19,7 +19,7 @@ from genlm_backend.batching import Batcher, Job
 from genlm_backend.cache.row_memo import Block, RowMemo
 from genlm_backend.cache.row_memory import RowMemory
 from genlm_backend.errors import EvaluationFailed, GenlmError, NonFiniteLogits
-from genlm_backend.llm.queries import LogNormalizer, Query, answer
+from genlm_backend.llm.queries import LogNormalizer, Query, answer, is_late
 
 _PREFILL = LogNormalizer()  # this very object asks for keys and values: no remembered row answers it
 _PRECISE_NATS = 64.0  # float32 log-probabilities above minus this are exact to 4e-6
@@ -116,7 +116,7 @@ class Service:
         self.batcher.check_process()
         self.n_requests += 1
         known = self.memo.get(context)
-        if known is None:
+        if known is None or is_late(query):  # a mask is waited for in the engine thread
             return self.batcher.ask(context, query)
         self.n_row_hits += 1
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

@@ -124,7 +124,13 @@ class Constraint(Potential):
     """A potential whose weights are 0 or 1: a set of texts, and the beginnings that can still become one of them.
 
     Nothing here waits: every method but those of `Potential` is an ordinary function.
+
+    Attributes:
+        is_thread_safe: Whether its methods may be called in several threads at once; then SMC has its masks made while
+            the model computes.
     """
+
+    is_thread_safe: bool = False
 
     @abstractmethod
     def is_alive(self, state: State) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -74,12 +75,14 @@ class GrammarVocabulary:
 class Grammar(Constraint):
     """The texts of a grammar. Made by `json_schema`, `regex` or `lark`.
 
-    A state is alive while the grammar can go on from it. Masks of several states are made by several threads, but the
-    methods are to be called from one thread at a time.
+    A state is alive while the grammar can go on from it. Masks of several states are made by several threads; questions
+    from several threads are answered one after the other.
 
     Attributes:
         source: The schema, expression or grammar as it was given.
     """
+
+    is_thread_safe = True
 
     def __init__(self, vocabulary: GrammarVocabulary, kind: str, source: str, compiled: str, limits: Limits) -> None:
         self.n_tokens = vocabulary.n_tokens
@@ -87,6 +90,7 @@ class Grammar(Constraint):
         self.kind = kind
         self.source = source
         self.limits = limits
+        self._lock = threading.RLock()  # a parser answers one thread at a time
         self._parsers: OrderedDict[_Path, None] = OrderedDict()
         self._kept_tokens = 0
         self._start = _Path(None, -1, 0)
@@ -162,21 +166,24 @@ class Grammar(Constraint):
         return longer
 
     def is_alive(self, state: State) -> bool:
-        return self._parser(state) is not None
+        with self._lock:
+            return self._parser(state) is not None
 
     def is_complete(self, state: State) -> bool:
-        parser = self._parser(state)
-        return parser is not None and parser.is_accepting() and self._may_end(state)
+        with self._lock:
+            parser = self._parser(state)
+            return parser is not None and parser.is_accepting() and self._may_end(state)
 
     def allows(self, state: State, symbol: int) -> bool:
         if symbol == self.end:
             return self.is_complete(state)
-        parser = self._parser(state)
-        if parser is None:
-            return False
-        n_valid = parser.validate_tokens([symbol])
-        self._check(parser)
-        return n_valid == 1
+        with self._lock:
+            parser = self._parser(state)
+            if parser is None:
+                return False
+            n_valid = parser.validate_tokens([symbol])
+            self._check(parser)
+            return n_valid == 1
 
     def mask(self, state: State) -> BoolRow:
         row: BoolRow = self.masks([state])[0]
@@ -189,18 +196,9 @@ class Grammar(Constraint):
     def packed_masks(self, states: Sequence[State]) -> Words:
         """`(len(states), ceil((n_tokens + 1) / 32))` uint32: `masks`, packed."""
         different = list({id(state): state for state in states}.values())
-        parsers = [self._parser(state) for state in different]
         words = np.zeros((len(different), n_words(self.n_tokens + 1)), np.uint32)
-        live = [(parser, i) for i, parser in enumerate(parsers) if parser is not None]
-        if len(live) >= _SEVERAL:
-            _executor().unsafe_compute_mask_ptr(live, words.ctypes.data, words.strides[0], len(different))
-        else:
-            for parser, i in live:
-                parser.unsafe_compute_mask_ptr(words[i].ctypes.data, words.strides[0])
-        for parser, i in live:
-            self._check(parser)
-            if parser.is_error():
-                words[i] = 0
+        with self._lock:
+            self._fill(words, different)
         word, bit = self.end // WORD_BITS, np.uint32(1 << self.end % WORD_BITS)
         words[:, word] &= bit | (bit - np.uint32(1))  # beyond the end
         for i in (words[:, word] & bit).nonzero()[0]:
@@ -211,6 +209,20 @@ class Grammar(Constraint):
         place = {id(state): i for i, state in enumerate(different)}
         return words[[place[id(state)] for state in states]]
 
+    def _fill(self, words: Words, states: Sequence[State]) -> None:
+        """Make the masks of different states, a row each."""
+        parsers = [self._parser(state) for state in states]
+        live = [(parser, i) for i, parser in enumerate(parsers) if parser is not None]
+        if len(live) >= _SEVERAL:
+            _executor().unsafe_compute_mask_ptr(live, words.ctypes.data, words.strides[0], len(states))
+        else:
+            for parser, i in live:
+                parser.unsafe_compute_mask_ptr(words[i].ctypes.data, words.strides[0])
+        for parser, i in live:
+            self._check(parser)
+            if parser.is_error():
+                words[i] = 0
+
     def forced(self, state: State) -> tuple[int, ...]:
         return super().forced(state) if self.forced_bytes(state) else ()
 
@@ -219,8 +231,9 @@ class Grammar(Constraint):
 
     def forced_bytes(self, state: State) -> bytes:
         """What every text goes on with; its segmentation into tokens is free unless `forced` says so. b"" if dead."""
-        parser = self._parser(state)
-        return b"" if parser is None else parser.compute_ff_bytes()
+        with self._lock:
+            parser = self._parser(state)
+            return b"" if parser is None else parser.compute_ff_bytes()
 
     def token_ids(self, state: State) -> list[int]:
         """The sequence that a state stands for."""

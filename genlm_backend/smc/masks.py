@@ -1,15 +1,23 @@
-"""Masks that several particles want at once, made by one call: in parallel threads where the constraint can."""
+"""Masks that several particles want at once, made by one call: in parallel threads where the constraint can.
+
+Constraints that may be used in any thread, such as grammars, are asked in a thread of their own, while the model
+computes the rows that the masks are for; only who draws waits for them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from genlm_backend.packed_mask import WORD_BITS, PackedMask, n_words
+from genlm_backend.batching.scheduling import responsive_threads
+from genlm_backend.packed_mask import WORD_BITS, LateMask, PackedMask, n_words
 from genlm_backend.potentials.base import Constraint, State
 
 
@@ -17,7 +25,7 @@ class _Asked(NamedTuple):
     """The states of one particle, one for each constraint, and where its mask goes."""
 
     states: Sequence[State]
-    answer: asyncio.Future[PackedMask]
+    answer: asyncio.Future[PackedMask] | Future[PackedMask]
 
 
 class Masks:
@@ -26,13 +34,20 @@ class Masks:
     Args:
         constraints: One or more.
         eos_token_ids: The model's end tokens; each may be drawn where the constraints let the text end.
+
+    Attributes:
+        can_be_late: Whether `late` may be called: every constraint may be used in any thread.
     """
 
     def __init__(self, constraints: Sequence[Constraint], eos_token_ids: Collection[int]) -> None:
         self._constraints = constraints
+        self.can_be_late = all(constraint.is_thread_safe for constraint in constraints)
         self._ends = sorted(eos_token_ids)
         # By loop: what an interrupted one left behind must not keep the next one waiting.
         self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Asked]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self._late: list[_Asked] = []
+        self._is_making = False
 
     def ask(self, states: Sequence[State]) -> asyncio.Future[PackedMask]:
         """Of `n_tokens`: the tokens that may be drawn; for the same states at once, the same object.
@@ -43,14 +58,35 @@ class Masks:
             states: One for each constraint.
         """
         loop = asyncio.get_running_loop()
-        asked = _Asked(states, loop.create_future())
+        answer = loop.create_future()
         for closed in [other for other in self._waiting if other.is_closed()]:
             del self._waiting[closed]  # its futures would keep it
         waiting = self._waiting.setdefault(loop, [])
         if not waiting:
             loop.call_soon(self._answer, loop)
-        waiting.append(asked)
-        return asked.answer
+        waiting.append(_Asked(states, answer))
+        return answer
+
+    def late(self, states: Sequence[State]) -> LateMask:
+        """As `ask`, but another thread makes it, together with all that is asked while it is busy."""
+        answer: Future[PackedMask] = Future()
+        with self._lock:
+            if not self._is_making:
+                threading.Thread(target=self._make, name="genlm-masks", daemon=True).start()
+                self._is_making = True
+            self._late.append(_Asked(states, answer))
+        return LateMask(self._constraints[0].n_tokens, answer)
+
+    def _make(self) -> None:
+        with responsive_threads():
+            while True:
+                with self._lock:
+                    asked, self._late = self._late, []
+                    if not asked:
+                        self._is_making = False
+                        return
+                with contextlib.suppress(KeyboardInterrupt, SystemExit):  # a constraint's own, told to who asked
+                    self._serve(asked)
 
     def _answer(self, loop: asyncio.AbstractEventLoop) -> None:
         self._serve([one for one in self._waiting.pop(loop) if not one.answer.done()])

@@ -16,6 +16,7 @@ and how much the weights vary.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ import torch
 
 from genlm_backend import sampling
 from genlm_backend.errors import InvalidProgram, NoTokenAllowed
-from genlm_backend.llm.queries import Draw
-from genlm_backend.packed_mask import PackedMask
+from genlm_backend.llm.queries import Draw, Mask
+from genlm_backend.packed_mask import LateMask
 from genlm_backend.potentials.base import Constraint, Potential, State
 from genlm_backend.potentials.combinators import Product, Tempered
 from genlm_backend.potentials.language_model import LanguageModel
@@ -72,8 +73,12 @@ class Proposal(ABC):
 
     def piece(self, symbol: Any) -> bytes | None:
         """The text of a symbol, for people; None where this is not known."""
-        vocab = byte_vocab_of(self.potential)
+        vocab = self._byte_vocab
         return None if vocab is None or symbol == self.potential.end else bytes(vocab[symbol])
+
+    @functools.cached_property
+    def _byte_vocab(self) -> Sequence[bytes] | None:
+        return byte_vocab_of(self.potential)
 
 
 class Direct(Proposal):
@@ -81,7 +86,8 @@ class Direct(Proposal):
 
     A language model, alone or times constraints, is drawn from where its logits are: masks go to the model, and no row
     comes back. Anything else is drawn from its row. Masks that are wanted at the same time are made together, of the
-    particles that draw from one `Direct`: make it once, not at each draw.
+    particles that draw from one `Direct`: make it once, not at each draw. Those of grammars are made while the model
+    computes.
 
     Args:
         potential: A product of a model and constraints, usually.
@@ -98,12 +104,12 @@ class Direct(Proposal):
             row = await self.potential.logw_next(state)
             return _drawn(row, row, key)
         model, states = self._parts.model, self._parts.states(state)
-        mask = None
-        if self._parts.constraints:
-            mask = await self._masks.ask(states[1:])
-            if not mask.any():
-                return Proposed(-1, -math.inf)
-        return await _drawn_by_model(model, states[0], mask, key)
+        if not self._parts.constraints:
+            return await _drawn_by_model(model, states[0], None, key)
+        if self._masks.can_be_late:
+            return await _drawn_by_model(model, states[0], self._masks.late(states[1:]), key)
+        mask = await self._masks.ask(states[1:])
+        return await _drawn_by_model(model, states[0], mask, key) if mask.any() else Proposed(-1, -math.inf)
 
 
 class Guided(Proposal):
@@ -252,7 +258,7 @@ def _model_and_constraints(potential: Potential) -> _Parts | None:
     return _Parts(model, constraints, models + others)
 
 
-async def _drawn_by_model(model: LanguageModel, state: State, allowed: PackedMask | None, key: int) -> Proposed:
+async def _drawn_by_model(model: LanguageModel, state: State, allowed: Mask | LateMask | None, key: int) -> Proposed:
     """A draw by the model itself; its end tokens stand for the symbol `end`."""
     try:
         drawn = await model.llm.query(model.context(state), Draw(key, 1.0, allowed), model.lora_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -210,3 +211,27 @@ def test_random_texts_come_to_an_end(vocabulary: GrammarVocabulary) -> None:
     text = RandomWriter(vocabulary.byte_vocab, 0).write(Grammar.lark(vocabulary, 'start: "a" start "b" | "."'))
     assert text is not None and re.fullmatch(rb"a*\.b*", text)
     assert np.abs(text.count(b"a") - text.count(b"b")) == 0
+
+
+def test_threads_may_ask_one_grammar_at_once(vocabulary: GrammarVocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SMC does, whose masks are made beside the event loop. Parsers are forgotten meanwhile."""
+    monkeypatch.setattr(grammar, "_KEPT_TOKENS", 40)
+    source = {"type": "array", "items": {"enum": ["left", "right", 12]}}
+    texts = ['["left", 12, "right"]', "[12, 12, 12]", '["right", "left"]', '["lef']
+
+    def states(constraint: Grammar) -> list[Any]:
+        return [constraint.state_of(ids(vocabulary, text[:end])) for text in texts for end in range(len(text))]
+
+    alone = Grammar.json_schema(vocabulary, source)
+    expected = alone.masks(states(alone))
+    shared = Grammar.json_schema(vocabulary, source)
+    asked = states(shared)
+
+    def ask(i: int) -> list[bool]:
+        order = np.random.default_rng(i).permutation(len(asked))
+        if i % 2:
+            return [np.array_equal(shared.masks([asked[j] for j in order]), expected[order])]
+        return [shared.allows(asked[j], 20) == expected[j, 20] and shared.is_alive(asked[j]) for j in order.tolist()]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(all(same) for same in pool.map(ask, range(24)))

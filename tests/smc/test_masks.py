@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from genlm_backend.errors import InvalidQuery
-from genlm_backend.llm.queries import Draw, check_query
-from genlm_backend.packed_mask import PackedMask
+from genlm_backend.llm.queries import Draw, MaskMass, check_query
+from genlm_backend.packed_mask import LateMask, PackedMask
 from genlm_backend.potentials import LanguageModel, Product
 from genlm_backend.smc import Direct, sequences, smc
 from genlm_backend.smc.masks import Masks
@@ -172,4 +174,170 @@ async def test_particles_do_not_depend_on_who_asks_with_them(n_particles):
     )
     assert both[0].paths == alone.paths
     assert both[0].log_weights == alone.log_weights
+    await llm.aclose()
+
+
+class Held(NoRepeat):
+    """Any thread may ask it; it answers when the test lets it."""
+
+    is_thread_safe = True
+
+    def __init__(self, *, is_open: bool = True) -> None:
+        super().__init__()
+        self.calls: list[list[tuple[int, ...]]] = []
+        self.threads: set[int] = set()
+        self.gate = threading.Semaphore(1_000_000 if is_open else 0)
+
+    def masks(self, states):
+        self.calls.append(list(states))
+        self.threads.add(threading.get_ident())
+        assert self.gate.acquire(timeout=30)
+        if any(2 in state for state in states):
+            raise ValueError("there is a 2")
+        return super().masks(states)
+
+
+def of_late(late: LateMask) -> list[bool]:
+    return allowed(late.made.result(timeout=30))
+
+
+def test_late_masks_are_made_in_another_thread_and_what_comes_meanwhile_together():
+    rule = Held(is_open=False)
+    masks = Masks([rule], [2])
+    first = masks.late([(0,)])
+    while not rule.calls:
+        time.sleep(0.001)
+    once, again, other = (1,), tuple(range(1, 2)), (1, 0)
+    later = [masks.late([state]) for state in (once, other, once, again)]
+    rule.gate.release(2)
+    assert of_late(first) == [False, True, True]
+    assert [of_late(late) for late in later] == [
+        [True, False, True],
+        [False, True, True],
+        [True, False, True],
+        [True, False, True],
+    ]
+    assert rule.calls == [[(0,)], [once, other, again]]
+    assert later[0].made.result() is later[2].made.result()
+    assert threading.get_ident() not in rule.threads
+    rule.gate.release()
+    assert of_late(masks.late([(0,)])) == [False, True, True]  # a thread that had nothing to do begins again
+
+
+def test_only_constraints_for_any_thread_are_asked_late():
+    assert Masks([Held(), Held()], []).can_be_late
+    assert not Masks([Held(), NoRepeat()], []).can_be_late
+
+
+@pytest.mark.parametrize("raised", [StopIteration, asyncio.CancelledError, Panic, SystemExit, KeyboardInterrupt])
+def test_whatever_is_raised_in_the_thread_reaches_who_asked_and_the_thread_goes_on(raised):
+    class Raising(Held):
+        def masks(self, states):
+            if (2,) in states:
+                raise raised("no")
+            return super().masks(states)
+
+    masks = Masks([Raising()], [])
+    with pytest.raises(RuntimeError, match=raised.__name__):
+        of_late(masks.late([(2,)]))
+    assert of_late(masks.late([(1,)])) == [True, False, True]
+
+
+def test_an_error_of_a_late_mask_reaches_only_the_particle_that_causes_it():
+    rule = Held(is_open=False)
+    masks = Masks([rule], [])
+    late = [masks.late([state]) for state in ((0,), (2,), (1,))]
+    rule.gate.release(100)
+    assert of_late(late[0]) == [False, True, True] and of_late(late[2]) == [True, False, True]
+    with pytest.raises(ValueError, match="there is a 2"):
+        of_late(late[1])
+
+
+async def test_the_model_computes_while_masks_are_made_and_who_draws_waits():
+    rule, engine = Held(is_open=False), FakeEngine(3)
+    llm = fake_language_model(engine, n_vocab=3)
+    drawing = asyncio.create_task(
+        Direct(Product(LanguageModel(llm, [0], eos_token_ids=[2]), rule)).propose(((), ()), 5)
+    )
+    assert await engine.entered() == [(0,)]  # before any mask is there
+    assert rule.calls == [[()]]
+    await asyncio.sleep(0.05)
+    assert not drawing.done()
+    rule.gate.release()
+    late = await drawing
+    plain = await Direct(Product(LanguageModel(llm, [0], eos_token_ids=[2]), NoRepeat())).propose(((), ()), 5)
+    assert late == plain
+    await llm.aclose()
+
+
+async def test_particles_with_late_masks_are_those_with_masks_in_time():
+    llm = fake_language_model(FakeEngine(3), n_vocab=3)
+    runs = [
+        await smc(sequences(Product(LanguageModel(llm, [0], eos_token_ids=[2]), rule), max_tokens=4), 9, seed=seed)
+        for seed in range(5)
+        for rule in (Held(), NoRepeat())
+    ]
+    for late, plain in zip(runs[::2], runs[1::2], strict=True):
+        assert late.paths == plain.paths and late.log_weights == plain.log_weights
+    await llm.aclose()
+
+
+async def test_a_late_mask_for_a_remembered_row_does_not_block_the_loop():
+    rule, engine = Held(is_open=False), FakeEngine(3)
+    llm = fake_language_model(engine, n_vocab=3)
+    await llm.next_token_logprobs([0])
+    asked = asyncio.create_task(llm.query([0], Draw(1, 1.0, Masks([rule], []).late([(1,)]))))
+    await asyncio.sleep(0.05)
+    assert not asked.done()
+    rule.gate.release()
+    assert (await asked).token_id in (0, 2)
+    assert len(engine.batches) == 1
+    await llm.aclose()
+
+
+async def test_who_asks_with_a_late_mask_that_fails_gets_its_error_and_others_their_answer():
+    rule = Held()
+    llm = fake_language_model(FakeEngine(3), n_vocab=3)
+    masks = Masks([rule], [])
+    good, bad, mass, row = await asyncio.gather(
+        llm.query([0], Draw(1, 0.0, masks.late([(0, 1)]))),
+        llm.query([0], Draw(1, 1.0, masks.late([(2,)]))),
+        llm.query([0], MaskMass(masks.late([(0, 1)]))),
+        llm.next_token_logprobs([0]),
+        return_exceptions=True,
+    )
+    assert good.token_id == 2 * int(row[2] > row[0]) and isinstance(bad, ValueError)
+    assert mass == pytest.approx(float(row[[0, 2]].logsumexp(0)), abs=1e-6)
+    await llm.aclose()
+
+
+async def test_a_late_mask_of_another_vocabulary_is_refused():
+    with pytest.raises(InvalidQuery, match="packed mask is of 3 tokens; expected 4"):
+        check_query(Draw(1, 1.0, Masks([Held()], []).late([()])), 4)
+
+
+async def test_particles_die_where_a_late_mask_allows_nothing():
+    class Nothing(Held):
+        def mask(self, state):
+            return np.zeros(4, np.bool_) if state else np.array([True, True, False, False])
+
+    llm = fake_language_model(FakeEngine(3), n_vocab=3)
+    potential = Product(LanguageModel(llm, [0], eos_token_ids=[2]), Nothing())
+    result = await smc(sequences(potential, max_tokens=4), 5, seed=1, on_failure="mark")
+    assert result.status == "failed" and {path.status for path in result.paths} == {"dead"}
+    await llm.aclose()
+
+
+async def test_a_run_that_is_cancelled_while_masks_are_made_leaves_the_next_one_alone():
+    rule = Held(is_open=False)
+    llm = fake_language_model(FakeEngine(3), n_vocab=3)
+    program = sequences(Product(LanguageModel(llm, [0], eos_token_ids=[2]), rule), max_tokens=4)
+    running = asyncio.create_task(smc(program, 5, seed=1))
+    while not rule.calls:
+        await asyncio.sleep(0.001)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    rule.gate.release(1000)
+    assert (await asyncio.wait_for(smc(program, 5, seed=1), 30)).log_evidence < 0
     await llm.aclose()
