@@ -11,6 +11,7 @@ each see only the columns they need: the shared trunk is read once per group, an
 from __future__ import annotations
 
 import contextvars
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -22,19 +23,72 @@ from genlm_backend.llm.hf.kv_pool import KVPool
 IMPLEMENTATION = "genlm_tree"
 IMPLEMENTATION_LIKE_SDPA = "genlm_tree_sdpa"
 FOLDED_QUERIES = 16
+LISTED = (torch.float32, torch.bfloat16)  # types of keys and values that can be read by lists
 
 
 class NotPackable(Exception):
     """The model does something during a forward that packed attention does not cover."""
 
 
-class TreeStep:
+class Step(ABC):
     """What one packed forward needs; lives for that forward only.
 
     Args:
         pool: Where keys and values are kept.
         slots: Slots of the new tokens, (n,) increasing; and the same on the device.
         index: The same on the model's device.
+
+    Attributes:
+        layers_seen: Numbers of the layers whose attention was computed.
+        can_be_lists: Whether none of them asked for more than lists can do: soft-capped scores, sinks, other types.
+    """
+
+    def __init__(self, pool: KVPool, slots: Any, index: torch.Tensor) -> None:
+        self.pool = pool
+        self.slots = slots
+        self.index = index
+        self.layers_seen: list[int] = []
+        self.can_be_lists = True
+
+    @abstractmethod
+    def mask(self, mask_function: Callable[..., Any], is_causal: bool, dtype: torch.dtype) -> torch.Tensor:
+        """What stands for the mask of layers whose own rule is `mask_function`."""
+
+    @abstractmethod
+    def has_made(self, mask: object) -> bool:
+        """Whether this step made a mask: a layer that uses another has a rule that we do not see."""
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of one layer: (1, n, heads, value_dim).
+
+        Args:
+            query: (1, heads, n, key_dim).
+            keys: (kv_heads, capacity, key_dim), the pool's.
+            values: (kv_heads, capacity, value_dim).
+            mask: One that `mask` made.
+            scaling: Of the scores; None is 1 / sqrt(key_dim).
+            softcap: None for none.
+            sinks: None for none.
+        """
+
+
+class TreeStep(Step):
+    """Queries in groups, each with the columns that it needs.
+
+    Args:
+        pool: As in `Step`.
+        slots: As in `Step`.
+        index: As in `Step`.
         columns: Slots each group of queries sees: (groups, columns) on the device, or None for the slice of the pool
             that starts at `first_column`.
         n_columns: Number of columns.
@@ -56,23 +110,20 @@ class TreeStep:
         query_positions: torch.Tensor,
         column_positions: torch.Tensor,
     ) -> None:
-        self.pool = pool
-        self.slots = slots
-        self.index = index
+        super().__init__(pool, slots, index)
         self.columns = columns
         self.n_columns = n_columns
         self.first_column = first_column
         self.visible = visible
         self.query_positions = query_positions
         self.column_positions = column_positions
-        self.layers_seen: list[int] = []
         self._masks: dict[int, torch.Tensor] = {}
         self._folded: dict[tuple[int, int], torch.Tensor] = {}
 
-    def mask(self, mask_function: Callable[..., Any], is_plain: bool, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask (groups, 1, queries, columns) for layers whose own rule is `mask_function`."""
+    def mask(self, mask_function: Callable[..., Any], is_causal: bool, dtype: torch.dtype) -> torch.Tensor:
+        """Additive: (groups, 1, queries, columns)."""
         visible = self.visible[:, None]
-        if not is_plain:
+        if not is_causal:
             zero = torch.zeros((), dtype=torch.int64, device=visible.device)
             allowed = mask_function(
                 zero, zero, self.query_positions[:, None, :, None], self.column_positions[:, None, None, :]
@@ -82,10 +133,8 @@ class TreeStep:
         self._masks[id(mask)] = mask
         return mask
 
-    def check_mask(self, mask: object) -> None:
-        """Raise NotPackable unless a layer uses a mask of this step: otherwise it has a rule we do not see."""
-        if id(mask) not in self._masks:
-            raise NotPackable("a layer does not use the mask that transformers' mask functions made")
+    def has_made(self, mask: object) -> bool:
+        return id(mask) in self._masks
 
     def folded(self, mask: torch.Tensor, n_repeats: int) -> torch.Tensor:
         """A mask of this step for queries of `n_repeats` heads in one: (groups, 1, n_repeats * queries, columns)."""
@@ -94,8 +143,44 @@ class TreeStep:
             folded = self._folded[id(mask), n_repeats] = mask.repeat(1, 1, n_repeats, 1)
         return folded
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self.columns is None:
+            span = slice(self.first_column, self.first_column + self.n_columns)
+            keys, values = keys[None, :, span], values[None, :, span]
+        else:
+            keys, values = _gather(keys, self.columns), _gather(values, self.columns)
+        n_groups, _, n_queries, _ = mask.shape
+        queries = _deal(query[0], n_groups, n_queries)
+        n_heads, n_kv_heads = queries.shape[1], keys.shape[1]
+        if softcap is None and sinks is None:
+            if n_heads != n_kv_heads and n_queries <= FOLDED_QUERIES:
+                # Heads that share keys are more queries of one head: fewer and larger products.
+                mask = self.folded(mask, n_heads // n_kv_heads)
+                queries = queries.reshape(n_groups, n_kv_heads, -1, queries.shape[3])
+            out = F.scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=_as(mask, queries.dtype),
+                scale=scaling,
+                enable_gqa=queries.shape[1] != n_kv_heads,
+            ).reshape(n_groups, n_heads, n_queries, -1)
+        else:
+            out = _plain_attention(queries, keys, values, _as(mask, queries.dtype), scaling, softcap, sinks)
+        out = out.transpose(1, 2).reshape(1, n_groups * n_queries, out.shape[1], out.shape[3])
+        return out[:, : query.shape[2]]
 
-_step: contextvars.ContextVar[TreeStep] = contextvars.ContextVar("genlm_tree_step")
+
+_step: contextvars.ContextVar[Step] = contextvars.ContextVar("genlm_step")
 
 
 def register() -> None:
@@ -114,7 +199,7 @@ def implementation_for(own: str) -> str:
     return IMPLEMENTATION_LIKE_SDPA if own == "sdpa" else IMPLEMENTATION
 
 
-def run_step(step: TreeStep, forward: Callable[[], Any]) -> Any:
+def run_step(step: Step, forward: Callable[[], Any]) -> Any:
     """Run a forward whose attention is `step`."""
     token = _step.set(step)
     try:
@@ -158,38 +243,16 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """Called by transformers in each layer: query (1, heads, n, head_dim), key and value (1, kv_heads, n, head_dim)."""
     step = _step.get()
-    step.check_mask(attention_mask)
-    assert attention_mask is not None
+    if attention_mask is None or not step.has_made(attention_mask):
+        raise NotPackable("a layer does not use the mask that transformers' mask functions made")
     layer = getattr(module, "layer_idx", None)
     if layer is None or layer in step.layers_seen:
         raise NotPackable("attention layers are not told apart by layer_idx")
     step.layers_seen.append(layer)
     keys, values = step.pool.write(layer, step.slots, step.index, key[0], value[0])
-    if step.columns is None:
-        span = slice(step.first_column, step.first_column + step.n_columns)
-        keys, values = keys[None, :, span], values[None, :, span]
-    else:
-        keys, values = _gather(keys, step.columns), _gather(values, step.columns)
-    n_groups, _, n_queries, _ = attention_mask.shape
-    queries = _deal(query[0], n_groups, n_queries)
-    n_heads, n_kv_heads = queries.shape[1], keys.shape[1]
-    if softcap is None and s_aux is None:
-        if n_heads != n_kv_heads and n_queries <= FOLDED_QUERIES:
-            # Heads that share keys are more queries of one head: fewer and larger products.
-            attention_mask = step.folded(attention_mask, n_heads // n_kv_heads)
-            queries = queries.reshape(n_groups, n_kv_heads, -1, queries.shape[3])
-        out = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=_as(attention_mask, queries.dtype),
-            scale=scaling,
-            enable_gqa=queries.shape[1] != n_kv_heads,
-        ).reshape(n_groups, n_heads, n_queries, -1)
-    else:
-        out = _plain_attention(queries, keys, values, _as(attention_mask, queries.dtype), scaling, softcap, s_aux)
-    out = out.transpose(1, 2).reshape(1, n_groups * n_queries, out.shape[1], out.shape[3])
-    return out[:, : query.shape[2]], None
+    is_listed = key.dtype == value.dtype and key.dtype in LISTED
+    step.can_be_lists &= is_listed and softcap is None and s_aux is None
+    return step.attend(query, keys, values, attention_mask, scaling, softcap, s_aux), None
 
 
 def tree_attention_like_sdpa(

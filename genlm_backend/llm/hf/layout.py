@@ -1,7 +1,11 @@
-"""How the queries of one forward are dealt into groups, so that each group reads few columns. Pure; no torch."""
+"""How the queries of one forward are dealt into groups, so that each group reads few columns, or into lists.
+
+Pure; no torch.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +35,34 @@ class Layout(NamedTuple):
     visible: npt.NDArray[np.bool_]
 
 
-def make_layout(view: View) -> Layout:
-    """The cheapest of: a slice of the pool, one group of gathered columns, groups of a few queries."""
+class Lists(NamedTuple):
+    """What each query sees, one query after the other.
+
+    Attributes:
+        starts: (queries + 1,) int64; those of query i are from its start to before the next one's.
+        slots: (total,) int64.
+    """
+
+    starts: npt.NDArray[np.int64]
+    slots: Slots
+
+    def only(self, is_kept: npt.NDArray[np.bool_]) -> Lists:
+        """Without some of the slots; `is_kept` is (total,)."""
+        n_kept = np.concatenate(([0], np.cumsum(is_kept)))
+        return Lists(n_kept[self.starts], self.slots[is_kept])
+
+    def query_of_slot(self) -> npt.NDArray[np.int64]:
+        """(total,): the query of each."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+
+def make_layout(view: View, list_cost: float = math.inf) -> Layout | Lists:
+    """The cheapest of: a slice of the pool, one group of gathered columns, groups of a few queries, lists.
+
+    Args:
+        view: Who sees what.
+        list_cost: Of one query against one slot of its list, in the units of this file.
+    """
     n_queries, n_columns = view.visible.shape
     low, high = int(view.slots[0]), int(view.slots[-1]) + 1
     n_span = high - low
@@ -43,6 +73,8 @@ def make_layout(view: View) -> Layout:
             n_most = int(needed.max())
             costs[size] = len(needed) * (n_most * (size + COPY_COST) + GROUP_COST)
     best = min(costs, key=lambda size: costs[size])
+    if list_cost * np.count_nonzero(view.visible) < costs[best]:
+        return _lists(view)
     if best == 0:
         visible = np.zeros((1, n_queries, n_span), np.bool_)
         visible[0, :, view.slots - low] = view.visible.T
@@ -50,6 +82,11 @@ def make_layout(view: View) -> Layout:
     if best == 1:
         return Layout(view.slots[None], 0, view.visible[None])
     return _grouped(view, best)
+
+
+def _lists(view: View) -> Lists:
+    queries, columns = view.visible.nonzero()
+    return Lists(np.searchsorted(queries, np.arange(len(view.visible) + 1)), view.slots[columns])
 
 
 def _grouped(view: View, size: int) -> Layout:

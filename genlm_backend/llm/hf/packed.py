@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from genlm_backend.cache.prefix_tree import Slots
 from genlm_backend.errors import NonFiniteLogits
-from genlm_backend.llm.hf.attention import TreeStep, run_step
+from genlm_backend.llm.hf.attention import Step, TreeStep, run_step
 from genlm_backend.llm.hf.kv_pool import PLAN_TOKENS, KVCache, KVPool
-from genlm_backend.llm.hf.layout import make_layout
+from genlm_backend.llm.hf.layout import Layout, Lists, make_layout
+from genlm_backend.llm.hf.lists import ListStep, list_cost
 from genlm_backend.llm.hf.plan import ANCHORED, Plan, make_plan, make_view
 from genlm_backend.llm.service import Context, Engine, EngineCounts
 
@@ -29,17 +31,26 @@ class PackedEngine(Engine):
             prefixes that it continues.
         step_tokens: Most new tokens in one forward.
         plan_tokens: Most new tokens planned at once, unless one context alone has more.
+        list_cost: For tests: what reading lists costs, instead of what was measured.
     """
 
     def __init__(
-        self, model: Any, kv_cache_bytes: int, *, step_tokens: int = STEP_TOKENS, plan_tokens: int = PLAN_TOKENS
+        self,
+        model: Any,
+        kv_cache_bytes: int,
+        *,
+        step_tokens: int = STEP_TOKENS,
+        plan_tokens: int = PLAN_TOKENS,
+        list_cost: float | None = None,
     ) -> None:
         self.model = model
         self.step_tokens = step_tokens
         self.plan_tokens = plan_tokens
         self.kv = KVCache(kv_cache_bytes)
         self.last_layers: list[int] = []
-        self.last_layout = (0, 0, 0)  # groups, queries, columns of the last forward
+        self.last_layout = (0, 0, 0)  # groups, queries, columns of the last forward; no groups: lists
+        self._list_cost = list_cost
+        self._listed: torch.dtype | None = None  # the model's type when a forward showed that lists can compute it
         self._n_forwards = 0
         self._n_tokens = 0
 
@@ -117,25 +128,17 @@ class PackedEngine(Engine):
 
     def _forward(self, pool: KVPool, plan: Plan, slots: Slots, start: int, end: int, keep: list[int]) -> torch.Tensor:
         """One forward over the new tokens `start` to `end`: logits of those in `keep`, (len(keep), n_logits)."""
-        layout = make_layout(make_view(plan, slots, start, end))
-        n_groups, n_queries, n_columns = layout.visible.shape
         device = self.model.device
-        columns = None if layout.columns is None else torch.from_numpy(layout.columns)
-        span = np.arange(layout.first, layout.first + n_columns)[None] if layout.columns is None else layout.columns
-        positions = np.zeros(n_groups * n_queries, np.int64)
-        positions[: end - start] = plan.positions[start:end]
+        layout = make_layout(make_view(plan, slots, start, end), self._cost_of_lists())
         own = slots[start:end]
-        step = TreeStep(
-            pool=pool,
-            slots=own,
-            index=torch.from_numpy(own).to(device),
-            columns=None if columns is None else columns.to(device),
-            n_columns=n_columns,
-            first_column=layout.first,
-            visible=torch.from_numpy(layout.visible).to(device),
-            query_positions=torch.from_numpy(positions.reshape(n_groups, n_queries)).to(device),
-            column_positions=torch.from_numpy(pool.positions(span)).to(device),
-        )
+        index = torch.from_numpy(own).to(device)
+        step: Step
+        if isinstance(layout, Lists):
+            step = ListStep(pool, own, index, layout, np.array(plan.positions[start:end]))
+            self.last_layout = (0, end - start, len(layout.slots))
+        else:
+            step = self._tree_step(pool, layout, own, index, plan.positions[start:end])
+            self.last_layout = layout.visible.shape
         # A mask of ones keeps transformers from reading our positions as several packed sequences.
         inputs = {
             "input_ids": torch.tensor([plan.tokens[start:end]], device=device),
@@ -146,10 +149,37 @@ class PackedEngine(Engine):
         }
         with torch.inference_mode():
             logits: torch.Tensor = run_step(step, lambda: self.model(**inputs).logits)[0]
-        self.last_layers, self.last_layout = step.layers_seen, (n_groups, n_queries, n_columns)
+        self.last_layers = step.layers_seen
+        self._listed = self.model.dtype if step.can_be_lists else None
         self._n_forwards += 1
         self._n_tokens += end - start
         return logits
+
+    def _cost_of_lists(self) -> float:
+        if self._listed != self.model.dtype:  # not known yet, or changed by the model's owner
+            return math.inf
+        return list_cost(self.model.device) if self._list_cost is None else self._list_cost
+
+    def _tree_step(
+        self, pool: KVPool, layout: Layout, own: Slots, index: torch.Tensor, its_positions: list[int]
+    ) -> TreeStep:
+        n_groups, n_queries, n_columns = layout.visible.shape
+        device = self.model.device
+        columns = None if layout.columns is None else torch.from_numpy(layout.columns)
+        span = np.arange(layout.first, layout.first + n_columns)[None] if layout.columns is None else layout.columns
+        positions = np.zeros(n_groups * n_queries, np.int64)
+        positions[: len(own)] = its_positions
+        return TreeStep(
+            pool=pool,
+            slots=own,
+            index=index,
+            columns=None if columns is None else columns.to(device),
+            n_columns=n_columns,
+            first_column=layout.first,
+            visible=torch.from_numpy(layout.visible).to(device),
+            query_positions=torch.from_numpy(positions.reshape(n_groups, n_queries)).to(device),
+            column_positions=torch.from_numpy(pool.positions(span)).to(device),
+        )
 
     def _record(self, kv: KVCache, plan: Plan, contexts: list[Context], slots: Slots) -> None:
         """Put what was computed into the tree; slots of tokens that it held already are free again."""

@@ -82,8 +82,9 @@ def test_packed_equals_plain_in_every_layout(name: str, monkeypatch: pytest.Monk
     """A slice of the pool, gathered columns, and groups of queries; each is made to happen."""
     made: set[tuple[int, bool]] = set()
 
-    def make_layout(view: View) -> Layout:
-        made_here = layout.make_layout(view)
+    def make_layout(view: View, list_cost: float) -> Layout:
+        made_here = layout.make_layout(view)  # no lists: test_lists.py
+        assert isinstance(made_here, Layout)
         made.add((min(2, len(made_here.visible)), made_here.columns is None))
         return made_here
 
@@ -118,6 +119,7 @@ def test_layouts_show_each_query_the_same_columns() -> None:
             visible[row, at : at + int(rng.integers(1, 30))] = True
         view = View(slots, visible)
         made = layout.make_layout(view)
+        assert isinstance(made, Layout)
         n_groups, size, width = made.visible.shape
         kinds.add((n_groups > 1, made.columns is None))
         seen = made.visible.reshape(n_groups * size, width)

@@ -62,7 +62,7 @@ def small(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return fresh(name, dtype=dtype)
 
 
-def packed_engine(model: Any, kv_cache_bytes: int = 10**7, **options: int) -> PackedEngine:
+def packed_engine(model: Any, kv_cache_bytes: int = 10**7, **options: Any) -> PackedEngine:
     """A packed engine on a copy of a model, without the self-test."""
     register()
     return PackedEngine(replica(model, implementation_for(own_attention(model))), kv_cache_bytes, **options)

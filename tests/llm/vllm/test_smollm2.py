@@ -19,7 +19,8 @@ OWN_NATS = 1e-4  # to an uncached request of the same engine, over tokens with p
 HF_NATS = 2e-4  # to AsyncTransformer
 # To both. Over many contexts the tokens are such as a program draws: after arbitrary ones transformers itself is up to
 # 1.1e-5 from float64, and after <|endoftext|> in the middle of a text no float32 engine is better than 5e-4 nats.
-TOTAL_VARIATION = 1e-5
+# AsyncTransformer is up to 5e-6 from float64, by groups and by lists, and vLLM may be as far on the other side.
+TOTAL_VARIATION = 2e-5
 TEXT = "Montreal is a city on an island in the Saint Lawrence river, and"
 
 
