@@ -10,6 +10,7 @@ Prompt lookup: Saxena, "Prompt Lookup Decoding", 2023; Yang et al., "Inference w
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ PASS_IN_ROWS = 11
 """The fixed part of a forward pass, in rows of a large one: 38 ms and 3.5 ms for SmolLM2 in float32 on 2 AVX2 cores."""
 
 _LONGEST = 8  # tokens at the end that are looked up; then fewer
+_SHORTEST_OF_OTHERS = 3  # tokens at the end that must stand in another text
 _FORESEEN = 0  # the kind of guess that a rule makes; others are named by how many tokens stood before it and before
 # How often each kind is right before anything was learned, and how many guesses that counts for. Measured on a JSON
 # object, a schema, prose and code by SmolLM2: 0.8, 0.13 - 0.33, 0.22 - 0.55, 0.24 - 0.69, 0.67 - 0.81, and so on.
@@ -31,15 +33,60 @@ class _Guess(NamedTuple):
     kind: int
 
 
+class Siblings:
+    """Texts that are being written after one prompt; each is looked up by the others, which say much the same."""
+
+    def __init__(self) -> None:
+        # Three tokens in a row -> the last places where they were: a text, and where in it the third of them is.
+        self._places: defaultdict[tuple[int, ...], deque[tuple[list[int], int]]] = defaultdict(_few_places)
+
+    def tell(self, known: list[int], ids: Sequence[int]) -> list[int]:
+        """Remember a text; what is kept of it, to be given as `known` the next time.
+
+        Args:
+            known: What this gave for an earlier state of the same text; [] at first.
+            ids: The text now.
+        """
+        n_same = min(len(known), len(ids))
+        if known != list(ids[: len(known)]):  # something was taken back: what others have seen of it stays as it was
+            n_same = next((i for i in range(n_same) if known[i] != ids[i]), n_same)
+            known = list(ids[:n_same])
+        known += ids[n_same:]
+        for at in range(max(n_same, _SHORTEST_OF_OTHERS - 1), len(known)):
+            self._places[tuple(known[at - _SHORTEST_OF_OTHERS + 1 : at + 1])].append((known, at))
+        return known
+
+    def looked_up(self, ids: Sequence[int], n: int, own: list[int]) -> tuple[int, list[int]]:
+        """How many tokens at the end of `ids` stand in another text, three or more, and up to n that follow there.
+
+        0 and [] if none do; the most, of equals the last place. `own` is what `tell` gave for this text.
+        """
+        best: tuple[int, list[int]] = 0, []
+        for text, at in reversed(self._places.get(tuple(ids[-_SHORTEST_OF_OTHERS:]), ())):
+            width = _SHORTEST_OF_OTHERS
+            while width < min(_LONGEST, at + 1, len(ids)) and text[at - width] == ids[-1 - width]:
+                width += 1
+            if text is not own and width > best[0] and at + 1 < len(text):
+                best = width, text[at + 1 : at + 1 + n]
+        return best
+
+
+def _few_places() -> deque[tuple[list[int], int]]:
+    return deque(maxlen=8)
+
+
 class Guesses:
     """The guesses of one walk.
 
     Args:
         most: Tokens that are looked up at a time; what rules foresee comes before them.
+        siblings: The texts of other walks.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, siblings: Siblings | None = None) -> None:
         self._most = most
+        self._siblings = siblings or Siblings()
+        self._told: list[int] = []
         self._n_right = [_PRIOR_WEIGHT * right for right in _RIGHT_BEFORE]
         self._n_made = [_PRIOR_WEIGHT] * len(_RIGHT_BEFORE)
         self._last: tuple[list[int], list[_Guess]] = [], []  # after which tokens guesses were made last, and which
@@ -66,7 +113,10 @@ class Guesses:
         self._learn(ids)
         guesses = [_Guess(token_id, _FORESEEN) for token_id in foreseen]
         if self._most:
-            width, found = looked_up([*prompt, *ids, *foreseen], self._most)
+            self._told = self._siblings.tell(self._told, ids)
+            whole = [*prompt, *ids, *foreseen]
+            own, of_others = looked_up(whole, self._most), self._siblings.looked_up(whole, self._most, self._told)
+            width, found = max(own, of_others, key=lambda guess: guess[0])
             guesses += [_Guess(token_id, min(width + i, _LONGEST)) for i, token_id in enumerate(found)]
         guesses = list(itertools.takewhile(lambda guess: guess.token_id not in ends, guesses[:n_room]))
         self._last = list(ids), guesses

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections import OrderedDict
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from genlm_backend.backtracking.distribution import (
     reweighed,
     scaled_row,
 )
-from genlm_backend.backtracking.guessing import Guesses
+from genlm_backend.backtracking.guessing import Guesses, Siblings
 from genlm_backend.backtracking.rules import BoolRow, Choices, Sees, Splice, Undo
 from genlm_backend.backtracking.settings import Settings
 from genlm_backend.errors import InvalidQuery, NoTokenAllowed, RuleRefused
@@ -38,6 +38,17 @@ _MOST_FORESEEN = 16  # tokens without an alternative that are asked about at onc
 
 _ASKED: WeakKeyDictionary[AsyncLM, int] = WeakKeyDictionary()
 """How often walks asked a model about a new prefix."""
+
+_SIBLINGS: WeakKeyDictionary[AsyncLM, WeakValueDictionary[tuple[int, ...], Siblings]] = WeakKeyDictionary()
+"""What walks of a model write, by their prompt, as long as one of them is there."""
+
+
+def _siblings(llm: AsyncLM, prompt: tuple[int, ...]) -> Siblings:
+    of_prompt = _SIBLINGS.setdefault(llm, WeakValueDictionary())
+    siblings = of_prompt.get(prompt)
+    if siblings is None:
+        siblings = of_prompt[prompt] = Siblings()
+    return siblings
 
 
 class Proposal:
@@ -55,7 +66,7 @@ class Proposal:
         self._reached: set[int] = set()  # without the guesses that the walk never came to
         self._wide: set[int] = set()  # names of prefixes at which the filters are lifted
         self._known: OrderedDict[int, Distribution] = OrderedDict()
-        self._guesses = Guesses(settings.speculate)
+        self._guesses = Guesses(settings.speculate, _siblings(settings.llm, tuple(settings.prompt)))
         self._last_asked: tuple[int, int] | None = None  # how often the model was asked then, and in how many batches
         self._n_refused = 0  # of the tokens that were drawn without a mask
         self._n_unmasked = 0

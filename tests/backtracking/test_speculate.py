@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from genlm_backend.backtracking import Budget, GrammarRule, phrases, walk
-from genlm_backend.backtracking.guessing import PASS_IN_ROWS, Guesses, looked_up
+from genlm_backend.backtracking.guessing import PASS_IN_ROWS, Guesses, Siblings, looked_up
+from genlm_backend.backtracking.proposal import _SIBLINGS
 from genlm_backend.errors import InvalidQuery
 from genlm_backend.llm.hf.model import AsyncTransformer
 from genlm_backend.potentials import Constraint, Grammar
@@ -149,6 +151,61 @@ def test_what_was_taken_back_teaches_nothing():
         asked_after(guesses, [1, 2, 3], 10**6, (7, 7))
         asked_after(guesses, [1, 4, 4, 8], 10**6, (7, 7))
     assert guesses._n_made == Guesses(0)._n_made
+
+
+def test_what_another_walk_wrote_is_looked_up_too():
+    siblings = Siblings()
+    first, second = Guesses(4, siblings), Guesses(4, siblings)
+    asked_after(first, [1, 2, 3, 4, 1, 1, 2, 3])
+    assert asked_after(second, [4, 2, 3, 4]) == [1, 1, 2, 3]  # three tokens that stand there, and what follows
+    assert asked_after(second, [4, 2, 3, 4, 9, 3, 4]) == [9, 3, 4, 9]  # its own: two tokens stand nowhere else
+    assert asked_after(Guesses(4), [6, 2, 3, 4]) == []  # of another prompt
+    assert asked_after(Guesses(0, siblings), [6, 2, 3, 4]) == []
+
+
+def test_the_longest_end_counts_whoever_wrote_it():
+    siblings = Siblings()
+    for text in ([6, 1, 2, 3, 7], [9, 1, 2, 3, 8], [1, 2, 3]):
+        asked_after(Guesses(1, siblings), text)
+    assert asked_after(Guesses(1, siblings), [6, 1, 2, 3]) == [7]
+    assert asked_after(Guesses(1, siblings), [9, 1, 2, 3]) == [8]
+    assert asked_after(Guesses(1, siblings), [4, 1, 2, 3]) == [8]  # the last of equals
+    assert asked_after(Guesses(1, siblings), [2, 3, 4, 1, 2, 3]) == [8]  # its own was shorter
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=6))
+def test_texts_that_are_taken_back_are_found_as_they_are_and_as_they_were(states):
+    """Whatever a text was, who asks with three tokens of its state of now finds what follows them there."""
+    siblings, known = Siblings(), []
+    for ids in states:
+        before = list(known)
+        known = siblings.tell(known, ids)
+        assert known == ids
+        assert before == known[: len(before)] or known is not before
+    for at in range(3, len(known)):
+        width, found = siblings.looked_up(known[:at], 9, [])
+        assert width >= 3 and len(found) >= 1
+
+
+async def test_walks_of_one_prompt_help_each_other_and_write_what_they_would_write_alone():
+    likely = {"otherwise": {"a": 1.0}, "a": {"b": 1.0}, "ab": {"c": 1.0}, "abc": {"a": 0.2, "b": 0.4, "d": 0.4}}
+    likely |= {"bcb": {"d": 1.0}, "cbd": {"d": 1.0}, "bdd": {"c": 1.0}, "ddc": {"d": 1.0}, "dcd": {"<eos>": 1.0}}
+    made = {}
+    for n in (0, 6):
+        async with speaker(VOCAB, chooser(**likely)) as llm:
+            options = {"max_new_tokens": 40, "eos": [5], "speculate": n}
+            alone = [await walk(llm, [0], seed=i, **options) for i in range(6)]
+            llm.clear_cache()
+            together = await asyncio.gather(*(walk(llm, [0], seed=i, **options) for i in range(6)))
+            made[n] = [one.token_ids for one in alone], [one.token_ids for one in together]
+    assert made[0] == made[6] and made[0][0] == made[0][1]
+
+
+async def test_texts_are_forgotten_with_their_walks():
+    async with speaker(VOCAB, chooser(**CYCLE)) as llm:
+        await walk(llm, [0], max_new_tokens=24, eos=[5], temperature=0, speculate=4)
+        gc.collect()
+        assert not _SIBLINGS[llm]
 
 
 async def test_what_is_taken_back_is_looked_up_again():
