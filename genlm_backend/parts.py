@@ -26,6 +26,8 @@ def in_parts(n: int, least: int, work: Callable[[int, int], T]) -> list[T]:
         BaseException: What `work` raised, the first part's first.
     """
     n_parts = max(1, min(torch.get_num_threads(), n // least))
+    if n_parts == 1:
+        return [work(0, n)]
     bounds = [n * i // n_parts for i in range(n_parts + 1)]
     results: list[T | BaseException] = [RuntimeError("this part was not done")] * n_parts
 

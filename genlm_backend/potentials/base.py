@@ -126,8 +126,8 @@ class Constraint(Potential):
     Nothing here waits: every method but those of `Potential` is an ordinary function.
 
     Attributes:
-        is_thread_safe: Whether its methods may be called in several threads at once; then SMC has its masks made while
-            the model computes.
+        is_thread_safe: Whether its methods may be called in several threads at once, and ask no model; then SMC has its
+            masks made while the model computes.
     """
 
     is_thread_safe: bool = False
