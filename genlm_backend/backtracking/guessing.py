@@ -10,7 +10,8 @@ Prompt lookup: Saxena, "Prompt Lookup Decoding", 2023; Yang et al., "Inference w
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict, deque
+import threading
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ PASS_IN_ROWS = 11
 
 _LONGEST = 8  # tokens at the end that are looked up; then fewer
 _SHORTEST_OF_OTHERS = 3  # tokens at the end that must stand in another text
+_PLACES_KEPT = 6  # of each three tokens
+_MOST_KEPT = 1 << 15  # different three tokens, of all texts of one prompt; about 1 kB each
 _FORESEEN = 0  # the kind of guess that a rule makes; others are named by how many tokens stood before it and before
 # How often each kind is right before anything was learned, and how many guesses that counts for. Measured on a JSON
 # object, a schema, prose and code by SmolLM2: 0.8, 0.13 - 0.33, 0.22 - 0.55, 0.24 - 0.69, 0.67 - 0.81, and so on.
@@ -33,18 +36,30 @@ class _Guess(NamedTuple):
     kind: int
 
 
+class _Place(NamedTuple):
+    """Where three tokens in a row were: the walk, its text, and where in it the third of them is."""
+
+    writer: object
+    text: list[int]
+    at: int
+
+
 class Siblings:
-    """Texts that are being written after one prompt; each is looked up by the others, which say much the same."""
+    """Texts that are being written after one prompt; each is looked up by the others, which say much the same.
+
+    For any thread. Of the oldest and longest ones only the end is kept.
+    """
 
     def __init__(self) -> None:
-        # Three tokens in a row -> the last places where they were: a text, and where in it the third of them is.
-        self._places: defaultdict[tuple[int, ...], deque[tuple[list[int], int]]] = defaultdict(_few_places)
+        self._places: dict[tuple[int, ...], deque[_Place]] = {}  # in the order of their last use
+        self._lock = threading.Lock()
 
-    def tell(self, known: list[int], ids: Sequence[int]) -> list[int]:
+    def tell(self, writer: object, known: list[int], ids: Sequence[int]) -> list[int]:
         """Remember a text; what is kept of it, to be given as `known` the next time.
 
         Args:
-            known: What this gave for an earlier state of the same text; [] at first.
+            writer: Whose text it is.
+            known: What this gave for an earlier state of the text; [] at first.
             ids: The text now.
         """
         n_same = min(len(known), len(ids))
@@ -52,27 +67,31 @@ class Siblings:
             n_same = next((i for i in range(n_same) if known[i] != ids[i]), n_same)
             known = list(ids[:n_same])
         known += ids[n_same:]
-        for at in range(max(n_same, _SHORTEST_OF_OTHERS - 1), len(known)):
-            self._places[tuple(known[at - _SHORTEST_OF_OTHERS + 1 : at + 1])].append((known, at))
+        with self._lock:
+            for at in range(max(n_same, _SHORTEST_OF_OTHERS - 1), len(known)):
+                self._keep(tuple(known[at - _SHORTEST_OF_OTHERS + 1 : at + 1]), _Place(writer, known, at))
         return known
 
-    def looked_up(self, ids: Sequence[int], n: int, own: list[int]) -> tuple[int, list[int]]:
-        """How many tokens at the end of `ids` stand in another text, three or more, and up to n that follow there.
+    def looked_up(self, writer: object, ids: Sequence[int], n: int) -> tuple[int, list[int]]:
+        """How many tokens at the end of `ids` stand in another walk's text, at least 3, and up to n that follow there.
 
-        0 and [] if none do; the most, of equals the last place. `own` is what `tell` gave for this text.
+        0 and [] if none do; the most, of equals the last place.
         """
         best: tuple[int, list[int]] = 0, []
-        for text, at in reversed(self._places.get(tuple(ids[-_SHORTEST_OF_OTHERS:]), ())):
+        for its_writer, text, at in reversed(tuple(self._places.get(tuple(ids[-_SHORTEST_OF_OTHERS:]), ()))):
             width = _SHORTEST_OF_OTHERS
             while width < min(_LONGEST, at + 1, len(ids)) and text[at - width] == ids[-1 - width]:
                 width += 1
-            if text is not own and width > best[0] and at + 1 < len(text):
+            if its_writer is not writer and width > best[0] and at + 1 < len(text):
                 best = width, text[at + 1 : at + 1 + n]
         return best
 
-
-def _few_places() -> deque[tuple[list[int], int]]:
-    return deque(maxlen=8)
+    def _keep(self, tokens: tuple[int, ...], place: _Place) -> None:
+        places = self._places.pop(tokens, None) or deque(maxlen=_PLACES_KEPT)
+        places.append(place)
+        self._places[tokens] = places
+        if len(self._places) > _MOST_KEPT:
+            del self._places[next(iter(self._places))]
 
 
 class Guesses:
@@ -86,6 +105,7 @@ class Guesses:
     def __init__(self, most: int, siblings: Siblings | None = None) -> None:
         self._most = most
         self._siblings = siblings or Siblings()
+        self._writer = object()
         self._told: list[int] = []
         self._n_right = [_PRIOR_WEIGHT * right for right in _RIGHT_BEFORE]
         self._n_made = [_PRIOR_WEIGHT] * len(_RIGHT_BEFORE)
@@ -113,9 +133,9 @@ class Guesses:
         self._learn(ids)
         guesses = [_Guess(token_id, _FORESEEN) for token_id in foreseen]
         if self._most:
-            self._told = self._siblings.tell(self._told, ids)
+            self._told = self._siblings.tell(self._writer, self._told, ids)
             whole = [*prompt, *ids, *foreseen]
-            own, of_others = looked_up(whole, self._most), self._siblings.looked_up(whole, self._most, self._told)
+            own, of_others = looked_up(whole, self._most), self._siblings.looked_up(self._writer, whole, self._most)
             width, found = max(own, of_others, key=lambda guess: guess[0])
             guesses += [_Guess(token_id, min(width + i, _LONGEST)) for i, token_id in enumerate(found)]
         guesses = list(itertools.takewhile(lambda guess: guess.token_id not in ends, guesses[:n_room]))

@@ -48,13 +48,13 @@ class Statistics(NamedTuple):
     requests: int
     """questions asked"""
     batches: int
-    """batches given to the engine"""
+    """batches taken by the engine thread"""
     forwards: int
     """forward passes of the model"""
     tokens_computed: int
     """tokens that went through the model; one per distinct new prefix where keys and values are cached"""
     row_hits: int
-    """questions answered from a remembered row, without the engine"""
+    """questions answered from a remembered row, without a forward pass"""
     kv_tokens: int
     """tokens whose keys and values are held now"""
     kv_bytes: int
@@ -112,11 +112,15 @@ class Service:
         self._users = threading.Lock()
 
     def ask(self, context: Context, query: Query) -> asyncio.Future[Any]:
-        """A future for the answer; already done when the row is remembered. Call it in a running event loop."""
+        """A future for the answer. Call it in a running event loop.
+
+        Already done when the row is remembered, unless its mask is late: that is waited for in the engine thread, with
+        all of its batch.
+        """
         self.batcher.check_process()
         self.n_requests += 1
         known = self.memo.get(context)
-        if known is None or is_late(query):  # a mask is waited for in the engine thread
+        if known is None or is_late(query):
             return self.batcher.ask(context, query)
         self.n_row_hits += 1
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

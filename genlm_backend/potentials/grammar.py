@@ -76,7 +76,8 @@ class Grammar(Constraint):
     """The texts of a grammar. Made by `json_schema`, `regex` or `lark`.
 
     A state is alive while the grammar can go on from it. Masks of several states are made by several threads; questions
-    from several threads are answered one after the other.
+    from several threads are answered one after the other. A process that is forked while another thread asks needs a
+    grammar of its own.
 
     Attributes:
         source: The schema, expression or grammar as it was given.

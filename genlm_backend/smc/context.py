@@ -382,7 +382,7 @@ class Context:
 
     def _piece(self, what: object, drawn: Proposed) -> bytes | None:
         if isinstance(what, Potential):
-            what = Direct(what)
+            what = Direct(what, is_kept=False)
         if isinstance(what, Proposal):
             return what.piece(drawn.value) if drawn.log_weight > -math.inf else None
         if isinstance(what, torch.Tensor | np.ndarray):
@@ -406,7 +406,7 @@ class Context:
         key: int,
     ) -> Proposed:
         if isinstance(what, Potential):
-            what = Direct(what)
+            what = Direct(what, is_kept=False)
         if isinstance(what, Proposal):
             if mask is not None or proposal is not None:
                 raise InvalidProgram("ctx.sample of a potential got a mask or a proposal", "multiply the potentials")

@@ -7,7 +7,6 @@ computes the rows that the masks are for; only who draws waits for them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
@@ -72,7 +71,8 @@ class Masks:
         answer: Future[PackedMask] = Future()
         with self._lock:
             if not self._is_making:
-                threading.Thread(target=self._make, name="genlm-masks", daemon=True).start()
+                # No daemon: one that is inside Rust when the interpreter ends takes the process down.
+                threading.Thread(target=self._make, name="genlm-masks").start()
                 self._is_making = True
             self._late.append(_Asked(states, answer))
         return LateMask(self._constraints[0].n_tokens, answer)
@@ -85,8 +85,12 @@ class Masks:
                     if not asked:
                         self._is_making = False
                         return
-                with contextlib.suppress(KeyboardInterrupt, SystemExit):  # a constraint's own, told to who asked
+                try:
                     self._serve(asked)
+                except BaseException as error:  # a constraint's own SystemExit; who asked must not wait for ever
+                    for one in asked:
+                        if not one.answer.done():
+                            one.answer.set_exception(_as_exception(error))
 
     def _answer(self, loop: asyncio.AbstractEventLoop) -> None:
         self._serve([one for one in self._waiting.pop(loop) if not one.answer.done()])
@@ -96,7 +100,8 @@ class Masks:
             masks = self._together([one.states for one in asked])
         except (KeyboardInterrupt, SystemExit) as error:
             for one in asked:
-                one.answer.set_exception(_as_exception(error))
+                if not one.answer.done():
+                    one.answer.set_exception(_as_exception(error))
             raise
         except (
             BaseException

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from genlm_backend import sampling
-from genlm_backend.errors import InvalidProgram, NoTokenAllowed
+from genlm_backend.errors import GenlmError, InvalidProgram, NoTokenAllowed
 from genlm_backend.llm.queries import Draw, Mask
 from genlm_backend.packed_mask import LateMask
 from genlm_backend.potentials.base import Constraint, Potential, State
@@ -91,10 +91,12 @@ class Direct(Proposal):
 
     Args:
         potential: A product of a model and constraints, usually.
+        is_kept: Whether it is for many draws: a thread that makes masks is not worth starting for one.
     """
 
-    def __init__(self, potential: Potential) -> None:
+    def __init__(self, potential: Potential, *, is_kept: bool = True) -> None:
         self.potential = potential
+        self._is_kept = is_kept
         self._parts = _model_and_constraints(potential)
         if self._parts is not None:
             self._masks = Masks(self._parts.constraints, self._parts.model.eos_token_ids)
@@ -106,8 +108,14 @@ class Direct(Proposal):
         model, states = self._parts.model, self._parts.states(state)
         if not self._parts.constraints:
             return await _drawn_by_model(model, states[0], None, key)
-        if self._masks.can_be_late:
-            return await _drawn_by_model(model, states[0], self._masks.late(states[1:]), key)
+        if self._masks.can_be_late and self._is_kept:
+            late = self._masks.late(states[1:])
+            try:
+                return await _drawn_by_model(model, states[0], late, key)
+            except GenlmError:  # no error of the model's where there was nothing to draw
+                if late.made.exception() is None and not late.made.result().any():
+                    return Proposed(-1, -math.inf)
+                raise
         mask = await self._masks.ask(states[1:])
         return await _drawn_by_model(model, states[0], mask, key) if mask.any() else Proposed(-1, -math.inf)
 

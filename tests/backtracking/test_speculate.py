@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genlm_backend.backtracking import Budget, GrammarRule, phrases, walk
+from genlm_backend.backtracking import Budget, GrammarRule, guessing, phrases, walk
 from genlm_backend.backtracking.guessing import PASS_IN_ROWS, Guesses, Siblings, looked_up
 from genlm_backend.backtracking.proposal import _SIBLINGS
 from genlm_backend.errors import InvalidQuery
@@ -174,31 +179,69 @@ def test_the_longest_end_counts_whoever_wrote_it():
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=6))
-def test_texts_that_are_taken_back_are_found_as_they_are_and_as_they_were(states):
-    """Whatever a text was, who asks with three tokens of its state of now finds what follows them there."""
-    siblings, known = Siblings(), []
+def test_texts_that_are_taken_back_stay_as_they_were_for_others(states):
+    siblings, writer, known = Siblings(), object(), []
     for ids in states:
-        before = list(known)
-        known = siblings.tell(known, ids)
+        before, was = known, list(known)
+        known = siblings.tell(writer, known, ids)
         assert known == ids
-        assert before == known[: len(before)] or known is not before
+        assert before[: len(was)] == was
+        for tokens, places in siblings._places.items():
+            assert all(tuple(place.text[place.at - 2 : place.at + 1]) == tokens for place in places)
     for at in range(3, len(known)):
-        width, found = siblings.looked_up(known[:at], 9, [])
+        width, found = siblings.looked_up(object(), known[:at], 9)
         assert width >= 3 and len(found) >= 1
+        assert siblings.looked_up(writer, known[:at], 9) == (0, [])  # nor what it wrote itself before
 
 
-async def test_walks_of_one_prompt_help_each_other_and_write_what_they_would_write_alone():
-    likely = {"otherwise": {"a": 1.0}, "a": {"b": 1.0}, "ab": {"c": 1.0}, "abc": {"a": 0.2, "b": 0.4, "d": 0.4}}
-    likely |= {"bcb": {"d": 1.0}, "cbd": {"d": 1.0}, "bdd": {"c": 1.0}, "ddc": {"d": 1.0}, "dcd": {"<eos>": 1.0}}
-    made = {}
-    for n in (0, 6):
+def test_the_oldest_are_forgotten(monkeypatch):
+    monkeypatch.setattr(guessing, "_MOST_KEPT", 10)
+    siblings = Siblings()
+    siblings.tell(1, [], list(range(100)))
+    assert len(siblings._places) == 10
+    assert siblings.looked_up(2, [95, 96, 97], 2) == (3, [98, 99])
+    assert siblings.looked_up(2, [5, 6, 7], 2) == (0, [])
+
+
+def test_walks_in_several_threads_share_texts():
+    siblings, ends = Siblings(), threading.Event()
+
+    def write(writer: int) -> int:
+        rng, known, ids, n = random.Random(writer), [], [], 0
+        while not ends.is_set():
+            ids = [*ids, rng.randrange(2)] if len(ids) < 50 else []
+            known = siblings.tell(writer, known, ids)
+            n += bool(siblings.looked_up(writer, ids, 3)[0])
+        return n
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            written = [pool.submit(write, writer) for writer in range(3)]
+            time.sleep(1.0)
+            ends.set()
+            assert all(one.result(timeout=30) > 0 for one in written)
+    finally:
+        sys.setswitchinterval(before)
+
+
+async def test_walks_of_one_prompt_help_each_other_and_write_what_they_would_write_alone(monkeypatch):
+    likely = {"otherwise": {"a": 0.5, "b": 0.5}, "aa": {"c": 0.5, "d": 0.5}, "aac": {"b": 1.0}, "acb": {"d": 1.0}}
+    likely |= {"cbd": {"d": 1.0}, "bdd": {"c": 1.0}, "ddc": {"c": 1.0}, "dcc": {"b": 1.0}, "ccb": {"b": 1.0}}
+    made, n_batches = {}, {}
+    for kind in ("none", "own", "all"):
+        if kind == "own":
+            monkeypatch.setattr(Siblings, "looked_up", lambda *_: (0, []))
+        if kind == "all":
+            monkeypatch.undo()
         async with speaker(VOCAB, chooser(**likely)) as llm:
-            options = {"max_new_tokens": 40, "eos": [5], "speculate": n}
-            alone = [await walk(llm, [0], seed=i, **options) for i in range(6)]
-            llm.clear_cache()
-            together = await asyncio.gather(*(walk(llm, [0], seed=i, **options) for i in range(6)))
-            made[n] = [one.token_ids for one in alone], [one.token_ids for one in together]
-    assert made[0] == made[6] and made[0][0] == made[0][1]
+            options = {"max_new_tokens": 40, "eos": [5], "speculate": 0 if kind == "none" else 6}
+            first = asyncio.ensure_future(walk(llm, [0], seed=7, **options))  # a prompt is shared while one writes
+            together = await asyncio.gather(first, *(walk(llm, [0], seed=i, **options) for i in range(4)))
+            made[kind], n_batches[kind] = [one.token_ids for one in together], llm.statistics().batches
+    assert made["none"] == made["own"] == made["all"]
+    assert n_batches["all"] < n_batches["own"] <= n_batches["none"]
 
 
 async def test_texts_are_forgotten_with_their_walks():

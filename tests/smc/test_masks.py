@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from genlm_backend.errors import InvalidQuery
+from genlm_backend.errors import ContextTooLong, InvalidQuery
 from genlm_backend.llm.queries import Draw, MaskMass, check_query
 from genlm_backend.packed_mask import LateMask, PackedMask
 from genlm_backend.potentials import LanguageModel, Product
@@ -243,6 +245,44 @@ def test_whatever_is_raised_in_the_thread_reaches_who_asked_and_the_thread_goes_
     assert of_late(masks.late([(1,)])) == [True, False, True]
 
 
+def test_masks_beside_one_that_ends_the_thread_are_answered():
+    class Raising(Held):
+        def masks(self, states):
+            super().masks(states)
+            if (0, 0) in states:
+                raise SystemExit("no")
+            return NoRepeat.masks(self, states)
+
+    rule = Raising(is_open=False)
+    masks = Masks([rule], [])
+    late = [masks.late([state]) for state in ((1,), (2,), (0, 0), (0,))]
+    rule.gate.release(100)
+    assert of_late(late[0]) == [True, False, True]
+    for one, error in zip(late[1:], (ValueError, RuntimeError, RuntimeError), strict=True):
+        with pytest.raises(error):
+            of_late(one)
+
+
+def test_the_interpreter_waits_for_masks_when_it_ends():
+    program = """
+import time
+from genlm_backend.smc.masks import Masks
+from tests.smc.oracle import NoRepeat
+
+class Slow(NoRepeat):
+    is_thread_safe = True
+    def masks(self, states):
+        time.sleep(0.5)
+        print("made", flush=True)
+        return super().masks(states)
+
+Masks([Slow()], []).late([(0,)])
+print("ends", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["ends", "made"]
+
+
 def test_an_error_of_a_late_mask_reaches_only_the_particle_that_causes_it():
     rule = Held(is_open=False)
     masks = Masks([rule], [])
@@ -325,6 +365,35 @@ async def test_particles_die_where_a_late_mask_allows_nothing():
     potential = Product(LanguageModel(llm, [0], eos_token_ids=[2]), Nothing())
     result = await smc(sequences(potential, max_tokens=4), 5, seed=1, on_failure="mark")
     assert result.status == "failed" and {path.status for path in result.paths} == {"dead"}
+    await llm.aclose()
+
+
+async def test_nothing_to_draw_is_no_error_of_the_models():
+    class Nothing(Held):
+        def mask(self, state):
+            return np.zeros(4, np.bool_)
+
+    llm = fake_language_model(FakeEngine(3), n_vocab=3, max_length=2)
+    proposals = [Direct(Product(LanguageModel(llm, [0], eos_token_ids=[2]), rule)) for rule in (Nothing(), Held())]
+    assert (await proposals[0].propose(((1, 1), (1, 1)), 5)).log_weight == -np.inf
+    with pytest.raises(ContextTooLong):
+        await proposals[1].propose(((1, 0), (1, 0)), 5)
+    await llm.aclose()
+
+
+async def test_a_potential_that_is_drawn_from_once_starts_no_thread():
+    rule = Held()
+    llm = fake_language_model(FakeEngine(3), n_vocab=3)
+    potential = Product(LanguageModel(llm, [0], eos_token_ids=[2]), rule)
+
+    async def program(ctx):
+        return await ctx.sample(potential, potential.start())
+
+    await smc(program, 5, seed=1)
+    assert rule.threads == {threading.get_ident()}
+    rule.threads.clear()
+    await smc(sequences(potential, max_tokens=2), 5, seed=1)
+    assert threading.get_ident() not in rule.threads
     await llm.aclose()
 
 

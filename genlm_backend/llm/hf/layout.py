@@ -19,6 +19,7 @@ from genlm_backend.llm.hf.plan import View
 COPY_COST = 1.25
 GROUP_COST = 500.0
 GROUP_SIZES = (4, 8, 16)
+MOST_LISTED = 128  # queries; with more, as in prompts, products are wide and cost less than that
 
 
 class Layout(NamedTuple):
@@ -73,7 +74,7 @@ def make_layout(view: View, list_cost: float = math.inf) -> Layout | Lists:
             n_most = int(needed.max())
             costs[size] = len(needed) * (n_most * (size + COPY_COST) + GROUP_COST)
     best = min(costs, key=lambda size: costs[size])
-    if list_cost * np.count_nonzero(view.visible) < costs[best]:
+    if n_queries <= MOST_LISTED and list_cost * np.count_nonzero(view.visible) < costs[best]:
         return _lists(view)
     if best == 0:
         visible = np.zeros((1, n_queries, n_span), np.bool_)

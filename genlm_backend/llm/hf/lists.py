@@ -23,7 +23,11 @@ _BITS = {torch.float32: (torch.int32, np.uint32, 0), torch.bfloat16: (torch.int1
 
 def list_cost(device: torch.device) -> float:
     """Of one query against one slot, in the units of `layout`; infinite where lists cannot be read."""
-    return LIST_COST * torch.get_num_threads() if device.type == "cpu" else np.inf
+    if device.type != "cpu":
+        return np.inf
+    import numba
+
+    return np.inf if numba.config.DISABLE_JIT else LIST_COST * torch.get_num_threads()
 
 
 class _Seen(NamedTuple):
@@ -84,7 +88,7 @@ class ListStep(Step):
             raise NotPackable("soft-capped scores and sinks, which the model did not ask for before")
         _, starts, slots = self._seen[id(mask)]
         _, n_heads, n_queries, key_dim = query.shape
-        out = torch.empty(n_queries, n_heads, values.shape[2])
+        out = torch.empty(n_queries, n_heads, values.shape[2], dtype=torch.float32)
         attend(
             query[0].transpose(0, 1).float().contiguous().numpy().reshape(-1),
             _bits(keys),

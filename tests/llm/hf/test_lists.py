@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -155,6 +156,31 @@ def test_lists_cost_more_the_more_threads_there_are_and_are_for_cpus(monkeypatch
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert lists.list_cost(torch.device("cpu")) == pytest.approx(3 * lists.LIST_COST)
     assert lists.list_cost(torch.device("cuda")) == lists.list_cost(torch.device("mps")) == np.inf
+
+
+def test_without_a_compiler_there_are_no_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert lists.list_cost(torch.device("cpu")) == np.inf
+
+
+def test_the_type_that_torch_gives_new_tensors_does_not_matter() -> None:
+    rng = np.random.default_rng(3)
+    keys, values = pool_of(torch.float32, (1, 9, 8, 8), rng)
+    query, seen = torch.from_numpy(rng.normal(size=(1, 2, 3, 8))).float(), some_lists(3, 9, rng)
+    usual = attended(query, keys, values, seen, None)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(attended(query, keys, values, seen, None), usual)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(("n", "kind"), [(layout.MOST_LISTED, Lists), (layout.MOST_LISTED + 1, Layout)])
+def test_prompts_are_no_lists(n: int, kind: type) -> None:
+    """With one thread a list costs less than a column, until products are wide."""
+    view = View(np.arange(n), np.tri(n, dtype=np.bool_))
+    assert type(make_layout(view, lists.LIST_COST)) is kind
 
 
 def test_lists_show_each_query_the_same_slots() -> None:
