@@ -255,7 +255,10 @@ def test_masks_beside_one_that_ends_the_thread_are_answered():
 
     rule = Raising(is_open=False)
     masks = Masks([rule], [])
-    late = [masks.late([state]) for state in ((1,), (2,), (0, 0), (0,))]
+    late = [masks.late([(1,)])]
+    while not rule.calls:
+        time.sleep(0.001)
+    late += [masks.late([state]) for state in ((2,), (0, 0), (0,))]  # together, after the first
     rule.gate.release(100)
     assert of_late(late[0]) == [True, False, True]
     for one, error in zip(late[1:], (ValueError, RuntimeError, RuntimeError), strict=True):
