@@ -6,12 +6,14 @@ computes the rows that the masks are for; only who draws waits for them.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
+import atexit
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
@@ -46,7 +48,9 @@ class Masks:
         self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Asked]] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._late: list[_Asked] = []
-        self._is_making = False
+        self._is_idle = threading.Event()
+        self._is_idle.set()
+        _LIVE.add(self)
 
     def ask(self, states: Sequence[State]) -> asyncio.Future[PackedMask]:
         """Of `n_tokens`: the tokens that may be drawn; for the same states at once, the same object.
@@ -70,10 +74,14 @@ class Masks:
         """As `ask`, but another thread makes it, together with all that is asked while it is busy."""
         answer: Future[PackedMask] = Future()
         with self._lock:
-            if not self._is_making:
-                # No daemon: one that is inside Rust when the interpreter ends takes the process down.
-                threading.Thread(target=self._make, name="genlm-masks").start()
-                self._is_making = True
+            if self._is_idle.is_set():
+                self._is_idle.clear()
+                try:
+                    # Not `Thread.start`, which waits until the thread runs: 1 ms beside a forward pass.
+                    _thread.start_new_thread(self._make, ())
+                except BaseException:
+                    self._is_idle.set()
+                    raise
             self._late.append(_Asked(states, answer))
         return LateMask(self._constraints[0].n_tokens, answer)
 
@@ -83,7 +91,7 @@ class Masks:
                 with self._lock:
                     asked, self._late = self._late, []
                     if not asked:
-                        self._is_making = False
+                        self._is_idle.set()
                         return
                 try:
                     self._serve(asked)
@@ -135,6 +143,16 @@ class Masks:
         first[:, n_tokens // WORD_BITS] &= ~(np.uint32(1) << np.uint32(n_tokens % WORD_BITS))
         first.flags.writeable = False
         return [PackedMask(row, n_tokens) for row in first[:, : n_words(n_tokens)]]
+
+
+_LIVE: WeakSet[Masks] = WeakSet()
+
+
+@atexit.register
+def _wait() -> None:
+    """A thread that is inside Rust when the interpreter ends would take the process down."""
+    for masks in list(_LIVE):
+        masks._is_idle.wait()
 
 
 def _as_exception(error: BaseException) -> Exception:
