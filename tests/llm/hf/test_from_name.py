@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, T5Config
 
 from genlm_backend.errors import ModelNotFound, RemoteCodeRefused, UnsafeWeights, UnsupportedModel
 from genlm_backend.llm import AsyncTransformer, load_model_by_name
-from genlm_backend.llm.hf.linear import HalfLinear, PackedLinear, gains, pack_linears
+from genlm_backend.llm.hf.linear import HalfLinear, PackedLinear, Part, gains, pack_linears
 from genlm_backend.llm.hf.self_test import difference
 from tests.llm.hf.walks import TINY_NATS, plain_row, random_ids, small
 
@@ -130,10 +130,11 @@ async def test_a_checkpoint_of_16_bits_in_float32_is_read_from_16_bits_and_loses
     small("llama", stored).save_pretrained(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     async with AsyncTransformer.from_name(str(folder), hf_opts={"dtype": torch.float32}, device="cpu") as llm:
-        packed = [module for module in llm.model.modules() if isinstance(module, PackedLinear)]
-        assert len(packed) == sum(type(module) is torch.nn.Linear for module in plain.modules())
-        assert all(isinstance(module, HalfLinear) for module in packed)
-        assert llm.path == "packed"
+        names = [name for name, module in plain.named_modules() if type(module) is torch.nn.Linear]
+        packed = [llm.model.get_submodule(name) for name in names]
+        packed = [module.merged.packed if isinstance(module, Part) else module for module in packed]
+        assert len(names) == 29 and all(isinstance(module, HalfLinear) for module in packed)
+        assert llm.path == "packed" and llm._service.engine.n_fused == 4  # type: ignore[attr-defined]
         for n in (1, 5, 12):
             row = await llm.next_token_logprobs(PROMPT[:n])
             assert difference(row[None], plain_row(plain, PROMPT[:n])[None]).nats <= TINY_NATS

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import genlm_backend.llm.hf.linear as linear_module
-from genlm_backend.llm.hf.linear import BlockedLinear, HalfLinear, gains, half_scale, pack, pack_linears
+from genlm_backend.llm.hf.linear import BlockedLinear, HalfLinear, Merged, Part, gains, half_scale, pack, pack_linears
 
 pytestmark = pytest.mark.skipif(not gains(torch.empty(1, 1)), reason="no gain in float32 on this CPU")
 needs_halves = pytest.mark.skipif(
@@ -134,3 +134,59 @@ def test_layers_of_16_bits_stay_where_float16_does_not_hold_them_or_their_cpu_mu
     assert model["endless"] is endless
     monkeypatch.setattr(linear_module, "multiplies_bfloat16", lambda: True)
     assert not gains(torch.empty(1, 1, dtype=torch.float16))
+
+
+# ---- layers of the same rows as one product
+
+
+class Projections(nn.Module):
+    def __init__(self, sizes: tuple[int, int, int], bias: bool) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(24, size, bias=bias) for size in sizes)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_merged_layers_give_each_its_product(bias: bool) -> None:
+    torch.manual_seed(0)
+    module = Projections((32, 16, 8), bias)
+    plain = [module.q_proj, module.k_proj, module.v_proj]
+    replaced = pack_linears(module)
+    assert [name for _, name, _ in replaced] == ["q_proj", "k_proj", "v_proj"]
+    parts = [module.q_proj, module.k_proj, module.v_proj]
+    assert all(isinstance(part, Part) for part in parts)
+    rows, others = torch.randn(1, 5, 24), torch.randn(1, 5, 24)
+    with torch.inference_mode():
+        for order in ((0, 1, 2), (2, 1, 0), (1, 1, 2), (0, 0, 1)):
+            for x in (rows, others, rows):
+                for i in order:
+                    torch.testing.assert_close(parts[i](x), plain[i](x))
+        for i in (0, 1, 2, 0):  # another thread's rows between two parts
+            torch.testing.assert_close(parts[i](rows), plain[i](rows))
+            torch.testing.assert_close(parts[i](others), plain[i](others))
+
+
+def test_a_product_is_made_once_and_not_kept_after_its_last_part() -> None:
+    module = Projections((32, 16, 8), False)
+    pack_linears(module)
+    merged = module.q_proj.merged
+    assert isinstance(merged, Merged)
+    made = []
+    merged.packed.register_forward_hook(lambda *_: made.append(1))
+    with torch.inference_mode():
+        for n in (1, 2):
+            rows = torch.randn(1, 3, 24)
+            for part in (module.q_proj, module.k_proj, module.v_proj):
+                assert merged._last is None or part is not module.q_proj
+                part(rows)
+            assert len(made) == n and merged._last is None
+
+
+def test_layers_that_cannot_be_one_are_packed_apart() -> None:
+    module = Projections((32, 16, 8), False)
+    module.k_proj = nn.Linear(24, 16, bias=True)
+    pack_linears(module)
+    assert not any(isinstance(part, Part) for part in module.children())
+    tied = Projections((32, 16, 8), False)
+    tied.v_proj = tied.k_proj
+    pack_linears(tied)
+    assert not any(isinstance(part, Part) for part in tied.children())
