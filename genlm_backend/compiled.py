@@ -33,12 +33,36 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
             machine_code = numba.njit(nogil=True, **options)(function)
         else:
             if not numba.config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1: the function came back as it is
-                cache = machine_code._cache
-                cache.load_overload = _or_give_up(cache, cache.load_overload)
-                cache.save_overload = _or_give_up(cache, cache.save_overload)
+                _make_safe(machine_code._cache)
         return machine_code  # type: ignore[no-any-return]
 
     return compile_function
+
+
+def c_function(signature: Any, function: Callable[..., None], **options: Any) -> Any:
+    """Compile for callers outside Python: an object with `address`, and `ctypes`, which Python can call.
+
+    Args:
+        signature: The types of numba that it is compiled for, now.
+        function: Python's.
+        options: Of `numba.cfunc`.
+    """
+    from numba.core.ccallback import CFunc
+
+    made = CFunc(function, (signature.args, signature.return_type), locals={}, options=options)
+    try:
+        made.enable_caching()
+    except RuntimeError as error:  # as above
+        _logger.debug("%s is not kept: %s", function.__name__, error)
+    else:
+        _make_safe(made._cache)
+    made.compile()
+    return made
+
+
+def _make_safe(cache: Any) -> None:
+    cache.load_overload = _or_give_up(cache, cache.load_overload)
+    cache.save_overload = _or_give_up(cache, cache.save_overload)
 
 
 def _or_give_up(cache: Any, step: Callable[..., Any]) -> Callable[..., Any]:

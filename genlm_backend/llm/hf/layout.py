@@ -15,7 +15,7 @@ from genlm_backend.cache.prefix_tree import Slots
 from genlm_backend.llm.hf.plan import View
 
 # Measured on two cores with bfloat16, 9 heads of 64 (docs/decisions.md): one query against one column costs as much as
-# copying 0.8 columns, and each further group as much as copying 400. Only the ratios matter.
+# copying 0.8 columns, and each group as much as copying 400. Only the ratios matter.
 COPY_COST = 1.25
 GROUP_COST = 500.0
 GROUP_SIZES = (4, 8, 16)
@@ -67,7 +67,7 @@ def make_layout(view: View, list_cost: float = math.inf) -> Layout | Lists:
     n_queries, n_columns = view.visible.shape
     low, high = int(view.slots[0]), int(view.slots[-1]) + 1
     n_span = high - low
-    costs = {1: n_queries * n_columns + COPY_COST * n_columns, 0: float(n_queries * n_span)}
+    costs = {1: n_queries * n_columns + COPY_COST * n_columns + GROUP_COST, 0: n_queries * n_span + GROUP_COST}
     if n_queries > GROUP_SIZES[0] and n_columns > 2 * n_queries:
         for size in GROUP_SIZES:
             needed = _in_groups(view.visible, size).any(1).sum(1)

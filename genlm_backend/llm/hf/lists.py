@@ -13,12 +13,9 @@ from genlm_backend.llm.hf.attention import NotPackable, Step
 from genlm_backend.llm.hf.kv_pool import KVPool
 from genlm_backend.llm.hf.layout import Lists
 
-# Of one query against one slot, in the units of `layout` and for each thread: groups have all threads, a list has one.
-# Measured on two cores (docs/decisions.md): 1.0 to 1.4 in bfloat16, 1.3 to 2.3 in float32.
-LIST_COST = 1.7
-
-# How to see the bits of a type: in torch, in numpy, and how far they are shifted to be those of a float32.
-_BITS = {torch.float32: (torch.int32, np.uint32, 0), torch.bfloat16: (torch.int16, np.uint16, 16)}
+# Of one query against one slot, in the units of `layout`. Measured on two cores (docs/decisions.md): lists cost as much
+# as groups at 1.5 with 128 queries of a trunk of 1,000 tokens in bfloat16, at more than 2 with fewer or shorter ones.
+LIST_COST = 1.2
 
 
 def list_cost(device: torch.device) -> float:
@@ -27,15 +24,20 @@ def list_cost(device: torch.device) -> float:
         return np.inf
     import numba
 
-    return np.inf if numba.config.DISABLE_JIT else LIST_COST * torch.get_num_threads()
+    if numba.config.DISABLE_JIT:
+        return np.inf
+    from genlm_backend.llm.hf.team import has_team  # imports numba
+
+    return LIST_COST if has_team() else LIST_COST * torch.get_num_threads()
 
 
 class _Seen(NamedTuple):
     """What the layers of one rule see; `stand_in` is what they are given as their mask."""
 
     stand_in: torch.Tensor
-    starts: npt.NDArray[np.int64]
-    slots: npt.NDArray[np.uint64]
+    starts: torch.Tensor
+    slots: torch.Tensor
+    most: int  # slots of one query
 
 
 class ListStep(Step):
@@ -66,7 +68,8 @@ class ListStep(Step):
             allowed = torch.as_tensor(mask_function(zero, zero, queries, columns)).expand(len(lists.slots))
             lists = lists.only(allowed.numpy())
         stand_in = torch.zeros(1, 1, len(self._positions), 1, dtype=dtype)
-        self._seen[id(stand_in)] = _Seen(stand_in, lists.starts, lists.slots.astype(np.uint64))
+        most = int(np.diff(lists.starts).max())
+        self._seen[id(stand_in)] = _Seen(stand_in, torch.from_numpy(lists.starts), torch.from_numpy(lists.slots), most)
         return stand_in
 
     def has_made(self, mask: object) -> bool:
@@ -86,23 +89,18 @@ class ListStep(Step):
 
         if softcap is not None or sinks is not None:
             raise NotPackable("soft-capped scores and sinks, which the model did not ask for before")
-        _, starts, slots = self._seen[id(mask)]
-        _, n_heads, n_queries, key_dim = query.shape
-        out = torch.empty(n_queries, n_heads, values.shape[2], dtype=torch.float32)
+        _, starts, slots, most = self._seen[id(mask)]
+        _, n_heads, n, key_dim = query.shape
+        query = query.contiguous()
+        n_kv_heads, capacity, value_dim = values.shape
+        out = torch.empty(1, n, n_heads, value_dim, dtype=query.dtype)
+        scale = np.float32(key_dim**-0.5 if scaling is None else scaling).view(np.uint32)
         attend(
-            query[0].transpose(0, 1).float().contiguous().numpy().reshape(-1),
-            _bits(keys),
-            _bits(values),
-            np.uint32(_BITS[keys.dtype][2]),
-            starts,
-            slots,
-            (n_heads, keys.shape[0], keys.shape[1], key_dim, values.shape[2]),
-            np.float32(key_dim**-0.5 if scaling is None else scaling),
-            out.numpy().reshape(-1),
+            (
+                *(tensor.data_ptr() for tensor in (query, keys, values)),
+                *(starts.data_ptr(), slots.data_ptr(), out.data_ptr()),
+                *(query.element_size(), n, n_heads, n_kv_heads, capacity, key_dim, value_dim, most, int(scale)),
+            ),
+            torch.get_num_threads(),
         )
-        return out.to(query.dtype)[None]
-
-
-def _bits(held: torch.Tensor) -> npt.NDArray[Any]:
-    as_torch, as_numpy, _ = _BITS[held.dtype]
-    return held.view(as_torch).numpy().view(as_numpy).reshape(-1)
+        return out

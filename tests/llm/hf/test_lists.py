@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
-from genlm_backend.llm.hf import layout, list_kernel, lists, self_test
+from genlm_backend.llm.hf import layout, list_kernel, lists, self_test, team
 from genlm_backend.llm.hf.layout import Layout, Lists, make_layout
 from genlm_backend.llm.hf.lists import ListStep
 from genlm_backend.llm.hf.plan import View
@@ -144,7 +146,7 @@ def test_lists_are_read_where_each_query_has_a_tail_of_its_own(monkeypatch: pyte
     walk.check(contexts_of(trunk))
     tails = [trunk + [7 + i] for i in range(12)]
     walk.check(contexts_of(*tails))
-    assert engine.last_layout[0] > 0  # one group: they share what they read
+    assert engine.last_layout[0] == (0 if team.has_team() else 1)  # they share what they read
     apart = [random_ids(walk.rng, 60) for _ in range(12)]
     walk.check(contexts_of(*apart))
     walk.check(contexts_of(*(tail + [7] for tail in apart)))
@@ -152,10 +154,12 @@ def test_lists_are_read_where_each_query_has_a_tail_of_its_own(monkeypatch: pyte
     assert walk.worst.nats <= TINY_NATS
 
 
-def test_lists_cost_more_the_more_threads_there_are_and_are_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_cost_more_where_one_thread_reads_them_and_are_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert lists.list_cost(torch.device("cpu")) == pytest.approx(3 * lists.LIST_COST)
     assert lists.list_cost(torch.device("cuda")) == lists.list_cost(torch.device("mps")) == np.inf
+    for has_team, factor in ((True, 1), (False, 3)):
+        monkeypatch.setattr(team, "has_team", lambda has_team=has_team: has_team)
+        assert lists.list_cost(torch.device("cpu")) == pytest.approx(factor * lists.LIST_COST)
 
 
 def test_without_a_compiler_there_are_no_lists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +182,7 @@ def test_the_type_that_torch_gives_new_tensors_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("n", "kind"), [(layout.MOST_LISTED, Lists), (layout.MOST_LISTED + 1, Layout)])
 def test_prompts_are_no_lists(n: int, kind: type) -> None:
-    """With one thread a list costs less than a column, until products are wide."""
+    """A list costs less than a column, until products are wide."""
     view = View(np.arange(n), np.tri(n, dtype=np.bool_))
     assert type(make_layout(view, lists.LIST_COST)) is kind
 
@@ -203,7 +207,7 @@ def test_lists_show_each_query_the_same_slots() -> None:
 
 def test_the_choice_is_by_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     visible = np.ones((4, 100), np.bool_)
-    cheapest = 4 * 100.0  # a slice of the pool
+    cheapest = 4 * 100.0 + layout.GROUP_COST  # a slice of the pool
     for cost, kind in ((cheapest / 400 - 0.01, Lists), (cheapest / 400 + 0.01, Layout)):
         assert type(layout.make_layout(View(np.arange(100), visible), cost)) is kind
 
@@ -211,25 +215,36 @@ def test_the_choice_is_by_cost(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- mutants of what lists do: the self-test at load must see each
 
 
+def numbers(address: int, n: int, kind: Any = ctypes.c_int64) -> npt.NDArray[Any]:
+    return np.ctypeslib.as_array((kind * n).from_address(address))
+
+
 def forget_the_last_slot(original: Callable[..., None]) -> Callable[..., None]:
-    def attend(queries: Any, keys: Any, values: Any, shift: Any, starts: Any, slots: Any, *others: Any) -> None:
+    def attend(arguments: Sequence[int], n_threads: int) -> None:
+        queries, keys, values, at_starts, at_slots, *others = arguments
+        starts = numbers(at_starts, others[2] + 1)
+        slots = numbers(at_slots, starts[-1])
         fewer = np.concatenate([slots[a : max(a + 1, b - 1)] for a, b in pairwise(starts)])
-        lengths = np.maximum(np.diff(starts) - 1, 1)
-        original(queries, keys, values, shift, np.concatenate(([0], np.cumsum(lengths))), fewer, *others)
+        its_starts = np.concatenate(([0], np.cumsum(np.maximum(np.diff(starts) - 1, 1))))
+        original((queries, keys, values, its_starts.ctypes.data, fewer.ctypes.data, *others), n_threads)
 
     return attend
 
 
 def use_another_head(original: Callable[..., None]) -> Callable[..., None]:
-    def attend(queries: Any, keys: Any, values: Any, *others: Any) -> None:
-        original(queries, np.roll(keys.reshape(others[3][1], -1), 1, 0).reshape(-1), values, *others)
+    def attend(arguments: Sequence[int], n_threads: int) -> None:
+        queries, at_keys, *others = arguments
+        n_kv_heads, capacity, key_dim = others[7:10]
+        keys = numbers(at_keys, n_kv_heads * capacity * key_dim, ctypes.c_float).reshape(n_kv_heads, -1)
+        rolled = np.roll(keys, 1, 0)
+        original((queries, rolled.ctypes.data, *others), n_threads)
 
     return attend
 
 
 def forget_the_scaling(original: Callable[..., None]) -> Callable[..., None]:
-    def attend(*arguments: Any) -> None:
-        original(*arguments[:7], np.float32(1.0), arguments[8])
+    def attend(arguments: Sequence[int], n_threads: int) -> None:
+        original((*arguments[:-1], int(np.float32(1.0).view(np.uint32))), n_threads)
 
     return attend
 
