@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 import weakref
@@ -27,6 +28,7 @@ from genlm_backend.llm.service import Engine, Service, normalize
 from genlm_backend.tokenization import decode_vocab
 
 BATCH_SIZE = 256
+_logger = logging.getLogger(__name__)
 _sharing = threading.Lock()
 
 
@@ -212,9 +214,7 @@ def _choose_engine(model: Any, kv_cache_bytes: int, is_ours: bool) -> tuple[str,
         try:
             engine: Engine
             if name == "packed":
-                attention = implementation_for(self_test.own_attention(model))
-                engine = PackedEngine(replica(model, attention), kv_cache_bytes)
-                self_test.check_packed(engine, plain, limit)
+                engine = _packed_engine(model, plain, kv_cache_bytes, limit)
             else:
                 engine = CachedEngine(plain, kv_cache_bytes)
                 self_test.check_engine(engine, replica(model), limit)
@@ -229,6 +229,21 @@ def _choose_engine(model: Any, kv_cache_bytes: int, is_ours: bool) -> tuple[str,
             return name, RoutedEngine(engine, UncachedEngine(replica(model)), limit), reasons
         return name, engine, reasons
     return "uncached", UncachedEngine(replica(model)), reasons
+
+
+def _packed_engine(model: Any, plain: Any, kv_cache_bytes: int, limit: int | None) -> PackedEngine:
+    """One that passes its self-test: with fused layers, else without."""
+    attention = implementation_for(self_test.own_attention(model))
+    engine = PackedEngine(replica(model, attention), kv_cache_bytes)
+    try:
+        self_test.check_packed(engine, plain, limit)
+    except self_test.Failed as error:
+        if not engine.n_fused:
+            raise
+        _logger.info("layers of %s are not fused: %s", type(model).__name__, error)
+        engine = PackedEngine(replica(model, attention), kv_cache_bytes, is_fused=False)
+        self_test.check_packed(engine, plain, limit)
+    return engine
 
 
 def _warn(model: Any, path: str, reasons: list[str]) -> None:

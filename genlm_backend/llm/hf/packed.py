@@ -31,7 +31,11 @@ class PackedEngine(Engine):
             prefixes that it continues.
         step_tokens: Most new tokens in one forward.
         plan_tokens: Most new tokens planned at once, unless one context alone has more.
+        is_fused: Whether layers may be computed by `FusedLayer`, for which a self-test must speak.
         list_cost: For tests: what reading lists costs, instead of what was measured.
+
+    Attributes:
+        n_fused: Layers that are.
     """
 
     def __init__(
@@ -41,9 +45,13 @@ class PackedEngine(Engine):
         *,
         step_tokens: int = STEP_TOKENS,
         plan_tokens: int = PLAN_TOKENS,
+        is_fused: bool = True,
         list_cost: float | None = None,
     ) -> None:
+        from genlm_backend.llm.hf.fused import fuse  # imports numba
+
         self.model = model
+        self.n_fused = fuse(model) if is_fused else 0
         self.step_tokens = step_tokens
         self.plan_tokens = plan_tokens
         self.kv = KVCache(kv_cache_bytes)

@@ -62,7 +62,7 @@ def check_packed(engine: PackedEngine, model: Any, limit: int | None) -> None:
         if twin is not None:
             for cost in (math.inf, 0.0) if twin.device.type == "cpu" else (math.inf,):  # without lists, and with
                 its_replica = replica(twin, implementation_for(own_attention(twin)))
-                packed = PackedEngine(its_replica, kv_cache_bytes=2**30, list_cost=cost)
+                packed = PackedEngine(its_replica, kv_cache_bytes=2**30, is_fused=engine.n_fused > 0, list_cost=cost)
                 _check_numbers(packed, UncachedEngine(twin), limit, TWIN_TOLERANCE)
         elif next(model.parameters()).dtype != torch.float32:
             raise Failed("no small float32 twin of the model could be made to compare with")

@@ -37,7 +37,7 @@ def exact(smollm2_path: Path) -> Iterator[AsyncTransformer]:
     llm = AsyncTransformer.from_name(
         str(smollm2_path), hf_opts={"dtype": torch.float32}, device="cpu", kv_cache_bytes=100 * 46080
     )
-    assert llm.path == "packed"
+    assert llm.path == "packed" and llm._service.engine.n_fused == 30  # type: ignore[attr-defined]
     yield llm
     llm.close()
 
@@ -103,7 +103,7 @@ async def test_a_sequence_is_scored_as_by_one_plain_forward(exact: AsyncTransfor
 async def test_bfloat16_rows_are_as_close_as_plain_bfloat16(smollm2_path: Path, plain: Any) -> None:
     """Repacked weights and packed attention add nothing to the rounding of bfloat16 itself."""
     async with AsyncTransformer.from_name(str(smollm2_path), hf_opts={"dtype": torch.bfloat16}, device="cpu") as llm:
-        assert llm.path == "packed"
+        assert llm.path == "packed" and llm._service.engine.n_fused == 30  # type: ignore[attr-defined]
         plain_half = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.bfloat16).eval()
         trunk = llm.tokenizer.encode(TEXT)
         asked = [trunk, trunk[:5], *(trunk + llm.tokenizer.encode(word) for word in (" the", " it is", " its people"))]
