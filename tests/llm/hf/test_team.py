@@ -74,7 +74,7 @@ def test_threads_are_torchs_own(mark: TeamFunction) -> None:
         n_tasks = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 0
         most = max(run(mark, 2)[1] for _ in range(50))
         assert most == 2
-        assert not n_tasks or len(list(Path("/proc/self/task").iterdir())) == n_tasks
+        assert not n_tasks or len(list(Path("/proc/self/task").iterdir())) <= n_tasks  # one of others may have ended
     finally:
         torch.set_num_threads(before)
 
