@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -54,17 +55,35 @@ class PackedMask:
         return bool(self.words.any())
 
 
-@dataclass(frozen=True, eq=False)
-class LateMask:
-    """A packed mask that another thread is making; who needs it waits for it.
+class LateMask(NamedTuple):
+    """A packed mask that another thread is making, with others; who needs it waits for them.
 
     Attributes:
         n_tokens: Number of tokens.
-        made: The mask, or what was raised instead.
+        made: All that are made together: masks, or what was raised instead.
+        place: Of this one among them.
     """
 
     n_tokens: int
-    made: Future[PackedMask]
+    made: Future[Sequence[PackedMask | Exception]]
+    place: int
+
+    def result(self, timeout_s: float | None = None) -> PackedMask:
+        """The mask, when it is made.
+
+        Raises:
+            TimeoutError: It was not made in time.
+            Exception: What the constraint raised.
+        """
+        outcome = self.made.result(timeout_s)[self.place]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def allows_nothing(self) -> bool:
+        """Whether it could be made, and allows no token; waits for it."""
+        outcome = self.made.result()[self.place]
+        return isinstance(outcome, PackedMask) and not outcome.any()
 
 
 def pack(allowed: npt.NDArray[np.bool_]) -> Words:

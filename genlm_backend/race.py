@@ -24,15 +24,26 @@ then entries are gathered one by one instead of read as vectors, which takes two
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import numpy.typing as npt
+from numba import carray
 
+from genlm_backend.bits import count_up, pointer, power_of_2, widened
 from genlm_backend.compiled import compiled
 from genlm_backend.packed_mask import Words
+from genlm_backend.team import TeamFunction, Work, threads_for
 
 Float32s = npt.NDArray[np.float32]
+Float64s = npt.NDArray[np.float64]
 Int64s = npt.NDArray[np.int64]
+UInt64s = npt.NDArray[np.uint64]
+
+_FLOAT32, _FLOAT64 = np.float32(0), np.float64(0)
+_INT64, _UINT64, _UINT32, _UINT16 = np.int64(0), np.uint64(0), np.uint32(0), np.uint16(0)
 
 _BLOCK = 256  # tokens whose ceilings are computed together; 64 to 1,024 measured alike
 
@@ -59,84 +70,145 @@ _SHRINK = 1.0 - 1e-5  # keeps the ceiling above the score in spite of float32 ro
 _SLACK = np.float32(1e-3)  # ... and on the rest: the float32 ceiling is off by less than 1e-4
 
 
-@compiled()
-def draw_rows(
+class Groups(NamedTuple):
+    """Draws in groups of one row, temperature and mask.
+
+    Attributes:
+        row_of_group: (k,) int64.
+        temperatures: (k,) float64, each 0 (the most probable token) or from 1e-30 to 1e30.
+        mask_of_group: (k,) int64; which mask each group is under, -1 for none.
+        first_of_group: (k + 1,) int64; the draws of a group are those from its first to before that of the next.
+    """
+
+    row_of_group: Int64s
+    temperatures: Float64s
+    mask_of_group: Int64s
+    first_of_group: Int64s
+
+
+def draw(
     rows: Float32s,
     row_stride: int,
     n_tokens: int,
-    row_of_draw: npt.NDArray[np.int64],
-    keys: npt.NDArray[np.uint64],
-    temperatures: npt.NDArray[np.float64],
+    groups: Groups,
     masks: Words,
-    mask_of_draw: npt.NDArray[np.int64],
-) -> npt.NDArray[np.int64]:
-    """The token of each draw.
+    keys: UInt64s,
+    *,
+    is_weighed: bool,
+) -> tuple[Int64s, Float64s]:
+    """The token of each draw, and the log-mass of what the draws of each group are from.
 
     Args:
         rows: flat float32; row i starts at `i * row_stride` and has `n_tokens` entries.
         row_stride: In entries.
         n_tokens: Of a row.
-        row_of_draw: (n,) int64; which row each draw is from.
-        keys: (n,) uint64.
-        temperatures: (n,) float64, each 0 (the most probable token) or from 1e-30 to 1e30.
-        masks: (k, ceil(n_tokens / 32)) uint32, as in `packed_mask`.
-        mask_of_draw: (n,) int64; which mask each draw is under, -1 for none.
+        groups: Of the draws.
+        masks: (m, ceil(n_tokens / 32)) uint32, as in `packed_mask`.
+        keys: (n,) uint64, of the draws.
+        is_weighed: Whether masses are wanted.
 
     Returns:
-        (n,) int64; -1 where no token is possible, or one is NaN or +inf.
+        (n,) int64; -1 where no token is possible, or one is NaN or +inf; (k,) float64, as of `log_mass_rows`, or none.
     """
-    token_ids = np.empty(keys.size, np.int64)
+    n_groups = len(groups.row_of_group)
+    token_ids, log_masses = np.empty(keys.size, np.int64), np.empty(n_groups if is_weighed else 0, np.float64)
+    n_threads = threads_for(n_groups)
+    if n_threads == 1 or not is_compiled():
+        scratch, few = np.empty(n_tokens, np.float32), np.empty(n_tokens // _FEW, np.int64)
+        out = token_ids, log_masses, scratch, few
+        _draw_groups(0, n_groups, rows, row_stride, n_tokens, *groups, masks, keys, *out)
+    else:
+        arrays = [np.ascontiguousarray(array) for array in (rows, *groups, masks, keys, token_ids, log_masses)]
+        sizes = row_stride, n_tokens, n_groups, len(rows), len(masks), len(keys), len(log_masses)
+        _draw_by_team()([*sizes, *(array.ctypes.data for array in arrays)], n_threads)
+    return token_ids, log_masses
+
+
+def is_compiled() -> bool:
+    """Whether compiled functions are: not where NUMBA_DISABLE_JIT is set, to find faults."""
+    return not numba.config.DISABLE_JIT
+
+
+def prepare() -> None:
+    """Compile, or load, what several threads run; runs nothing."""
+    if is_compiled():
+        _draw_by_team()
+        _normalize_by_team()
+
+
+@cache
+def _draw_by_team() -> TeamFunction:
+    return TeamFunction(_draw_tasks)
+
+
+def _draw_tasks(work: Work) -> None:
+    """Draws of one group after another; arguments as `draw` gives them."""
+    row_stride, n_tokens, n_groups = work[1], work[2], work[3]
+    rows = carray(pointer(work[8], _FLOAT32), work[4])
+    row_of_group = carray(pointer(work[9], _INT64), n_groups)
+    temperatures = carray(pointer(work[10], _FLOAT64), n_groups)
+    mask_of_group = carray(pointer(work[11], _INT64), n_groups)
+    first_of_group = carray(pointer(work[12], _INT64), n_groups + 1)
+    masks = carray(pointer(work[13], _UINT32), (work[5], (n_tokens + 31) // 32))
+    keys = carray(pointer(work[14], _UINT64), work[6])
+    token_ids = carray(pointer(work[15], _INT64), work[6])
+    log_masses = carray(pointer(work[16], _FLOAT64), work[7])
     scratch, few = np.empty(n_tokens, np.float32), np.empty(n_tokens // _FEW, np.int64)
-    for i in range(keys.size):
-        start = row_of_draw[i] * row_stride
-        row = rows[start : start + n_tokens]
-        n = -1
-        if mask_of_draw[i] >= 0:
-            n = _mask_row(row, masks[mask_of_draw[i]], scratch, few)
-            row = scratch[:n] if n >= 0 else scratch
-        top = _highest(row)
-        if n >= 0:
-            token_ids[i] = _draw_few(few[:n], row, top, keys[i], temperatures[i])
-        else:
-            token_ids[i] = _draw_row(row, top, keys[i], temperatures[i])
-    return token_ids
+    while True:
+        task = count_up(work)
+        if task >= n_groups:
+            return
+        _draw_groups(
+            task,
+            task + 1,
+            rows,
+            row_stride,
+            n_tokens,
+            row_of_group,
+            temperatures,
+            mask_of_group,
+            first_of_group,
+            masks,
+            keys,
+            token_ids,
+            log_masses,
+            scratch,
+            few,
+        )
 
 
 @compiled()
-def draw_with_mass_rows(
+def _draw_groups(
+    start: int,
+    stop: int,
     rows: Float32s,
     row_stride: int,
     n_tokens: int,
-    row_of_group: npt.NDArray[np.int64],
-    temperatures: npt.NDArray[np.float64],
+    row_of_group: Int64s,
+    temperatures: Float64s,
+    mask_of_group: Int64s,
+    first_of_group: Int64s,
     masks: Words,
-    mask_of_group: npt.NDArray[np.int64],
-    first_of_group: npt.NDArray[np.int64],
-    keys: npt.NDArray[np.uint64],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Draws in groups of one row, temperature and mask: (n,) tokens as of `draw_rows`, (k,) as of `log_mass_rows`.
-
-    Args:
-        row_of_group, temperatures, mask_of_group: (k,), else as in `draw_rows`.
-        first_of_group: (k + 1,) int64; the draws of a group are those from its first to before that of the next.
-        keys: (n,) uint64.
-    """
-    token_ids, log_masses = np.empty(keys.size, np.int64), np.empty(row_of_group.size, np.float64)
-    scratch, few = np.empty(n_tokens, np.float32), np.empty(n_tokens // _FEW, np.int64)
-    for group in range(row_of_group.size):
+    keys: UInt64s,
+    token_ids: Int64s,
+    log_masses: Float64s,
+    scratch: Float32s,
+    few: Int64s,
+) -> None:
+    for group in range(start, stop):
         row = rows[row_of_group[group] * row_stride : row_of_group[group] * row_stride + n_tokens]
         n = -1
         if mask_of_group[group] >= 0:
             n = _mask_row(row, masks[mask_of_group[group]], scratch, few)
             row = scratch[:n] if n >= 0 else scratch
         top = _highest(row)
-        log_masses[group] = _log_mass(row, top, temperatures[group])
-        for i in range(first_of_group[group] - first_of_group[0], first_of_group[group + 1] - first_of_group[0]):
+        if log_masses.size > 0:
+            log_masses[group] = _log_mass(row, top, temperatures[group])
+        for i in range(first_of_group[group], first_of_group[group + 1]):
             if n >= 0:
                 token_ids[i] = _draw_few(few[:n], row, top, keys[i], temperatures[group])
             else:
                 token_ids[i] = _draw_row(row, top, keys[i], temperatures[group])
-    return token_ids, log_masses
 
 
 @compiled()
@@ -213,12 +285,13 @@ def _mask_row(row: Float32s, words: Words, masked: Float32s, few: Int64s) -> int
     if n_allowed <= few.size:
         n = 0
         for w in range(words.size):
-            if words[w] == 0:
-                continue
-            for v in range(w * 32, min(w * 32 + 32, row.size)):
-                if _has(words, v):
-                    few[n], masked[n] = v, row[v]
-                    n += 1
+            left = words[w]
+            while left != 0:
+                below = left & (~left + np.uint32(1))  # the lowest bit that is left
+                allowed = np.int64(w * 32) + np.int64(_n_bits(np.uint32(below - np.uint32(1))))
+                few[n], masked[n] = allowed, row[allowed]
+                n += 1
+                left = np.uint32(left ^ below)
         return n
     for w in range(row.size // 32):
         word, start = words[w], w * 32
@@ -395,6 +468,71 @@ def _exp(x: np.float32) -> np.float32:
     series = series * r + np.float32(1.0)
     power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
     return np.float32(series * power)
+
+
+# ---- normalising
+
+
+def normalize(logits: int, n_bytes: int, row_stride: int, out: Float32s) -> Float64s:
+    """Log-softmax of rows.
+
+    Args:
+        logits: The address of the first; entries of a row lie one after the other.
+        n_bytes: Of an entry: 4, float32, or 2, bfloat16.
+        row_stride: From row to row, in entries.
+        out: (n_rows, n_tokens) float32, written.
+
+    Returns:
+        (n_rows,) float64, what was taken off; NaN, as is then all of the row, if one is NaN or +inf or all are -inf.
+    """
+    log_normalizers = np.empty(len(out), np.float64)
+    arguments = n_bytes, *out.shape, row_stride, logits, out.ctypes.data, log_normalizers.ctypes.data
+    _normalize_by_team()(arguments, threads_for(len(out)))
+    return log_normalizers
+
+
+_NORMALIZE: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+
+
+@cache
+def _normalize_by_team() -> TeamFunction:
+    return TeamFunction(_normalize_tasks, **_NORMALIZE)
+
+
+def _normalize_tasks(work: Work) -> None:
+    """Rows, one after another; arguments as `normalize` gives them."""
+    if work[1] == 4:
+        _normalize_rows(_UINT32, work)
+    else:
+        _normalize_rows(_UINT16, work)
+
+
+@compiled(**_NORMALIZE)
+def _normalize_rows(kind: Any, work: Work) -> None:
+    n_rows, n_tokens, row_stride = work[2], work[3], work[4]
+    logits = carray(pointer(work[5], kind), (n_rows - 1) * row_stride + n_tokens)
+    out = carray(pointer(work[6], _FLOAT32), n_rows * n_tokens)
+    log_normalizers = carray(pointer(work[7], _FLOAT64), n_rows)
+    while True:
+        task = count_up(work)
+        if task >= n_rows:
+            return
+        source = logits[task * row_stride : task * row_stride + n_tokens]
+        row = out[task * n_tokens : task * n_tokens + n_tokens]
+        for j in range(row.size):
+            row[j] = widened(source[j])
+        top = _highest(row)
+        total = 0.0
+        for start in range(0, row.size, _BLOCK):
+            block = row[start : start + _BLOCK]
+            of_block = np.float32(0.0)
+            for j in range(block.size):
+                of_block += power_of_2(max((block[j] - top) * _LOG2_E, np.float32(-126.0)))
+            total += np.float64(of_block)
+        log_normalizers[task] = np.float64(top) + math.log(total) if -np.inf < top < np.inf else np.nan
+        shift = np.float32(log_normalizers[task])
+        for j in range(row.size):
+            row[j] -= shift
 
 
 # ---- filters

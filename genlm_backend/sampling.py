@@ -76,6 +76,9 @@ def prepare() -> None:
         log_mass(rows, masks)
         draw_with_mass(rows, [0], [0], None, masks)
         draw_filtered(rows, [0], [0], [Kept(top_p=0.5)], None, masks)
+    from genlm_backend import race
+
+    race.prepare()
 
 
 def draw(
@@ -275,35 +278,18 @@ def draw_with_mass(
     asked = _checked(rows, keys, temperatures, masks, row_of_draw)
     if not len(keys):
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
-    from genlm_backend import race
-
+    if len(set(row_of_draw)) == len(keys):
+        drawn, log_masses = _draw_groups(rows, asked, _wrapped(keys), is_weighed=True)
+        return torch.from_numpy(drawn), torch.from_numpy(log_masses)
     same = np.stack([asked.row_of_draw, asked.mask_of_draw, asked.temperatures.view(np.int64)])
     order = np.lexsort(same)
     is_first = np.append(True, (same[:, order[1:]] != same[:, order[:-1]]).any(0))
     first = np.append(np.flatnonzero(is_first), len(keys))
-    of_group = order[first[:-1]]
-    flat, stride = _flat(rows)
-    masks_once, in_order = asked.words(rows.shape[1]), _wrapped(keys)[order]
-
-    def draw_groups(start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        some = of_group[start:stop]
-        drawn: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] = race.draw_with_mass_rows(
-            flat,
-            stride,
-            rows.shape[1],
-            asked.row_of_draw[some],
-            asked.temperatures[some],
-            masks_once,
-            asked.mask_of_draw[some],
-            first[start : stop + 1],
-            in_order[first[start] : first[stop]],
-        )
-        return drawn
-
-    parts = in_parts(len(of_group), _ROWS_OF_A_THREAD, draw_groups)
+    alike = asked.of(order[first[:-1]])
+    in_order, of_group = _draw_groups(rows, alike, _wrapped(keys)[order], first, is_weighed=True)
     token_ids, log_masses = np.empty(len(keys), np.int64), np.empty(len(keys), np.float64)
-    token_ids[order] = np.concatenate([part[0] for part in parts])
-    log_masses[order] = np.repeat(np.concatenate([part[1] for part in parts]), np.diff(first))
+    token_ids[order] = in_order
+    log_masses[order] = np.repeat(of_group, np.diff(first))
     return torch.from_numpy(token_ids), torch.from_numpy(log_masses)
 
 
@@ -417,7 +403,7 @@ def _draw_filtered_plainly(
     """By torch, filter after filter: for GPUs, and the oracle of tests."""
     n_at_once = max(1, _TOKENS_AT_ONCE // max(1, rows.shape[1]))
     parts = [
-        _filtered_race(rows, keys[i : i + n_at_once], kept[i : i + n_at_once], asked.part(i, i + n_at_once))
+        _filtered_race(rows, keys[i : i + n_at_once], kept[i : i + n_at_once], asked.of(slice(i, i + n_at_once)))
         for i in range(0, max(len(keys), 1), n_at_once)
     ]
     return FilteredDraws(*(torch.cat(values) for values in zip(*parts, strict=True)))
@@ -552,9 +538,8 @@ class _Asked(NamedTuple):
     masks: Sequence[Mask]
     mask_of_draw: npt.NDArray[np.int64]
 
-    def part(self, start: int, stop: int) -> _Asked:
+    def of(self, some: slice | npt.NDArray[np.int64]) -> _Asked:
         """That of some of the draws."""
-        some = slice(start, stop)
         return _Asked(self.row_of_draw[some], self.temperatures[some], self.masks, self.mask_of_draw[some])
 
     def words(self, n_tokens: int) -> Words:
@@ -567,20 +552,27 @@ class _Asked(NamedTuple):
 
 
 def _draw_compiled(rows: torch.Tensor, keys: Sequence[int], asked: _Asked) -> torch.Tensor:
+    token_ids, _ = _draw_groups(rows, asked, _wrapped(keys), is_weighed=False)
+    return torch.from_numpy(token_ids)
+
+
+def _draw_groups(
+    rows: torch.Tensor,
+    asked: _Asked,
+    keys: npt.NDArray[np.uint64],
+    first_of_group: npt.NDArray[np.int64] | None = None,
+    *,
+    is_weighed: bool,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Draws in groups that `asked` says; None: each draw is a group. See `race.draw`."""
     from genlm_backend import race
 
     flat, stride = _flat(rows)
-    of_draw = asked.row_of_draw, _wrapped(keys), asked.temperatures
+    n_groups = len(asked.row_of_draw)
+    first = np.arange(n_groups + 1) if first_of_group is None else first_of_group
+    groups = race.Groups(asked.row_of_draw, asked.temperatures, asked.mask_of_draw, first)
     masks = asked.words(rows.shape[1])
-
-    def draw_some(start: int, stop: int) -> npt.NDArray[np.int64]:
-        some = [values[start:stop] for values in of_draw]
-        drawn: npt.NDArray[np.int64] = race.draw_rows(
-            flat, stride, rows.shape[1], *some, masks, asked.mask_of_draw[start:stop]
-        )
-        return drawn
-
-    return torch.from_numpy(np.concatenate(in_parts(len(keys), _ROWS_OF_A_THREAD, draw_some)))
+    return race.draw(flat, stride, rows.shape[1], groups, masks, keys, is_weighed=is_weighed)
 
 
 def _log_mass_compiled(rows: torch.Tensor, asked: _Asked) -> torch.Tensor:

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import genlm_backend.errors
-from genlm_backend import race, sampling
+from genlm_backend import race, sampling, team
 from genlm_backend.errors import InvalidQuery
 from genlm_backend.packed_mask import PackedMask, pack
 
@@ -196,9 +196,8 @@ def test_rows_shared_among_threads_draw_the_same_tokens(monkeypatch: pytest.Monk
     kept = [sampling.Kept(20, 0.9)] * 40
 
     def everything() -> list[torch.Tensor]:
-        drawn = sampling.draw_with_mass(rows, list(range(40)), keys, [0.7] * 40, masks)
         filtered = sampling.draw_filtered(rows, list(range(40)), keys, kept, [0.7] * 40, masks)
-        return [sampling.draw(rows, keys, None, masks), *drawn, *filtered, *sampling.top_k(rows, 5)]
+        return [*filtered, *sampling.top_k(rows, 5)]
 
     alone = everything()
     monkeypatch.setattr(sampling, "_ROWS_OF_A_THREAD", 8)
@@ -208,7 +207,56 @@ def test_rows_shared_among_threads_draw_the_same_tokens(monkeypatch: pytest.Monk
     monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread)))
     for one, other in zip(alone, everything(), strict=True):
         assert torch.equal(one, other)
-    assert len(started) == 4 * 3
+    assert len(started) == 2 * 3
+
+
+@pytest.mark.skipif(not team.has_team(), reason="this torch has no OpenMP")
+@pytest.mark.parametrize("share", [0.5, 0.02])
+def test_draws_by_torchs_threads_are_those_of_one(share: float, monkeypatch: pytest.MonkeyPatch):
+    rows, keys = some_rows(40, 3000, 1), some_keys(80)
+    of_draw = [i // 2 for i in range(80)]
+    masks = [row if i % 3 else None for i, row in enumerate(torch.rand(40, 3000) < share)]
+    temperatures = [(0.0, 0.7, 1.0)[i % 3] for i in range(40)]
+    of_row = [masks[i] for i in of_draw], [temperatures[i] for i in of_draw]
+
+    def everything() -> list[torch.Tensor]:
+        drawn = sampling.draw_with_mass(rows, of_draw, keys, of_row[1], of_row[0])
+        each = sampling.draw_with_mass(rows, range(40), keys[:40], temperatures, masks)
+        return [*drawn, *each, sampling.draw(rows, keys[:40], temperatures, masks)]
+
+    def by_threads() -> list[torch.Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            return everything()
+        finally:
+            torch.set_num_threads(before)
+
+    alone = everything()
+    assert torch.equal(alone[0], sampling.draw(rows[of_draw], keys, of_row[1], of_row[0]))
+    n_threads = []
+    call = team.TeamFunction.__call__
+    monkeypatch.setattr(
+        team.TeamFunction, "__call__", lambda self, work, n: (n_threads.append(n), call(self, work, n))[1]
+    )
+    with ThreadPoolExecutor(1) as not_main:
+        for one, other in zip(alone, not_main.submit(by_threads).result(), strict=True):
+            assert torch.equal(one, other)
+    assert n_threads == [3, 3, 3]
+
+
+def test_a_mask_of_few_tokens_allows_just_those():
+    """Also the last token of a word and of the row, whose bits are the highest."""
+    rows = some_rows(6, 1000, 1)
+    for allowed in ([0], [31], [32, 63, 64], [999], [0, 31, 32, 991, 992, 998, 999], list(range(7, 1000, 9))):
+        mask = torch.zeros(1000, dtype=torch.bool)
+        mask[allowed] = True
+        masks = mask.expand(6, -1)
+        expected = torch.where(mask, rows, -math.inf)
+        keys = some_keys(6)
+        tokens, masses = sampling.draw_with_mass(rows, range(6), keys, None, masks)
+        assert torch.equal(tokens, sampling.draw_plainly(rows, keys, None, masks))
+        assert torch.allclose(masses, expected.double().logsumexp(1), atol=1e-6)
 
 
 def test_a_constant_added_to_a_row_changes_no_draw():
@@ -332,8 +380,8 @@ def test_a_forked_process_draws_the_same_tokens():
         """
         import os, sys, torch
         from genlm_backend import sampling
-        rows = torch.randn(50, 20_000, generator=torch.Generator().manual_seed(0))
-        keys = [sampling.draw_key(0, (i,)) for i in range(50)]
+        rows = torch.randn(200, 20_000, generator=torch.Generator().manual_seed(0))
+        keys = [sampling.draw_key(0, (i,)) for i in range(200)]
         parent = sampling.draw(rows, keys).tolist(), sampling.log_mass(rows).tolist()
         torch.mm(rows, rows.t())  # the parent's thread pool exists, and is missing in the child
         pid = os.fork()
@@ -374,7 +422,7 @@ def test_draws_work_where_no_folder_can_be_written(tmp_path: Path):
     output = run_python(
         """
         import sys, torch
-        from genlm_backend import race, sampling
+        from genlm_backend import race, sampling, team
         assert race._draw_row._cache.__class__.__name__ == "NullCache"
         rows = torch.randn(50, 2_000, generator=torch.Generator().manual_seed(0))
         sys.stdout.write(str(torch.equal(sampling.draw(rows, range(50)), sampling.draw_plainly(rows, range(50)))))
@@ -727,15 +775,13 @@ def test_filters_refuse_numbers_that_have_no_meaning(refused):
 
 def test_prepare_compiles_what_later_draws_use() -> None:
     sampling.prepare()
-    n_before = len(race.draw_rows.signatures)
-    assert n_before
+    kernels = (race.draw_filtered, race._draw_groups, race.log_mass_rows)
+    made = (race._draw_by_team, race._normalize_by_team)
+    n_before = [len(kernel.signatures) for kernel in kernels]
+    assert all(n_before) and all(one.cache_info().currsize == 1 for one in made)
     rows = torch.randn(3, 100).log_softmax(-1)
     sampling.draw(rows, [1, 2, 3], [1.0, 0.5, 0.0], [None, torch.ones(100, dtype=torch.bool), None])
     sampling.log_mass(rows)
-    assert len(race.draw_rows.signatures) == n_before
-    kernels = (race.draw_filtered, race.draw_with_mass_rows)
-    n_before = [len(kernel.signatures) for kernel in kernels]
-    assert all(n_before)
     some = [None, torch.ones(100, dtype=torch.bool), None]
     sampling.draw_filtered(rows, [0, 1, 2], [1, 2, 3], [sampling.Kept(5)] * 3, [1.0, 0.5, 0.0], some)
     sampling.draw_with_mass(rows, [0, 0, 2], [1, 2, 3], [1.0, 0.5, 0.0], some)

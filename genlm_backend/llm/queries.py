@@ -178,44 +178,48 @@ def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
         block: `(batch, vocab)` rows; not changed.
         asked: (row, query) pairs; each row is finite.
     """
-    prompt = [(row, _prompt(query)) for row, query in asked]
-    answers = [query if isinstance(query, Exception) else None for _, query in prompt]
-    places = [i for i, failed in enumerate(answers) if failed is None]
-    found = _answer(block, [(row, query) for row, query in prompt if not isinstance(query, Exception)])
-    for i, outcome in zip(places, found, strict=True):
-        answers[i] = outcome
-    return answers
-
-
-def _prompt(query: Query) -> Query | Exception:
-    """The query with its mask made; or what was raised when it was made."""
-    if not is_late(query):
-        return query
-    assert isinstance(query, Draw | MaskMass) and isinstance(query.mask, LateMask)
-    try:
-        return query._replace(mask=query.mask.made.result())
-    except Exception as error:
-        return error
-
-
-def _answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
     answers: list[Any] = [None] * len(asked)
-    masses = [(i, row, query) for i, (row, query) in enumerate(asked) if isinstance(query, MaskMass)]
-    for of_filters, draw in ((False, _draw), (True, _draw_filtered)):
-        draws = [
-            (i, row, query)
-            for i, (row, query) in enumerate(asked)
-            if isinstance(query, Draw) and (query.kept is not None) == of_filters
-        ]
-        if draws:
-            drawn = draw(block.logprobs, [row for _, row, _ in draws], [query for _, _, query in draws])
-            for (i, _, _), outcome in zip(draws, drawn, strict=True):
+    draws: list[tuple[int, int, Draw]] = []
+    filtered: list[tuple[int, int, Draw]] = []
+    masses: list[tuple[int, int, MaskMass]] = []
+    for i, (row, query) in enumerate(asked):
+        if not isinstance(query, Draw | MaskMass):
+            continue
+        try:
+            query = _with_mask(query)
+        except Exception as error:
+            answers[i] = error
+            continue
+        if isinstance(query, MaskMass):
+            masses.append((i, row, query))
+        else:
+            (draws if query.kept is None else filtered).append((i, row, query))
+    for some, draw in ((draws, _draw), (filtered, _draw_filtered)):
+        if some:
+            drawn = draw(block.logprobs, [row for _, row, _ in some], [query for _, _, query in some])
+            for (i, _, _), outcome in zip(some, drawn, strict=True):
                 answers[i] = outcome
     if masses:
         masks = [_mask_of(query) for _, _, query in masses]
         log_masses = sampling.log_mass(_rows(block.logprobs, [row for _, row, _ in masses]), masks).tolist()
         for (i, _, _), log_mass in zip(masses, log_masses, strict=True):
             answers[i] = min(log_mass, 0.0)
+    if len(draws) + len(filtered) + len(masses) < len(asked):
+        _answer_others(block, asked, answers)
+    return answers
+
+
+def _with_mask(query: Draw | MaskMass) -> Draw | MaskMass:
+    """The query with its mask made; raises what was raised when it was made."""
+    if not isinstance(query.mask, LateMask):
+        return query
+    mask = query.mask.result()
+    if isinstance(query, MaskMass):
+        return MaskMass(mask)
+    return Draw(query.key, query.temperature, mask, query.top_k, query.top_p, query.min_p)
+
+
+def _answer_others(block: Block, asked: Sequence[tuple[int, Query]], answers: list[Any]) -> None:
     for i, next_bytes in _byte_marginals(block, asked):
         answers[i] = next_bytes
     for i, top in _top_k(block, asked):
@@ -229,7 +233,6 @@ def _answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
             case Logprobs(token_ids):
                 chosen = torch.tensor(token_ids, dtype=torch.int64, device=block.logprobs.device)
                 answers[i] = block.logprobs[row, chosen]
-    return answers
 
 
 def _top_k(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterator[tuple[int, TopTokens]]:
@@ -259,17 +262,18 @@ def _byte_marginals(block: Block, asked: Sequence[tuple[int, Query]]) -> Iterato
 
 
 def _draw(logprobs: torch.Tensor, rows: list[int], queries: list[Draw]) -> list[Drawn | NoTokenAllowed]:
-    temperatures = [query.temperature for query in queries]
-    masks = [_mask_of(query) for query in queries] if any(query.mask is not None for query in queries) else None
     keys = [query.key for query in queries]
-    is_plain = [query.mask is None and query.temperature == 1 for query in queries]
     log_totals = log_wholes = [0.0] * len(queries)
+    is_plain = [query.mask is None and query.temperature == 1 for query in queries]
     if all(is_plain):
         tokens = sampling.draw(_rows(logprobs, rows), keys)
     else:  # log of the sum of p ** (1 / temperature) over what may be drawn, and over all
+        temperatures = [query.temperature for query in queries]
+        masks = [_mask_of(query) for query in queries] if any(query.mask is not None for query in queries) else None
         tokens, log_masses = sampling.draw_with_mass(logprobs, rows, keys, temperatures, masks)
         log_totals = [0.0 if plain else total for plain, total in zip(is_plain, log_masses.tolist(), strict=True)]
-        log_wholes = _log_wholes(logprobs, rows, queries, log_totals)
+        if any(temperature != 1 for temperature in temperatures):
+            log_wholes = _log_wholes(logprobs, rows, queries, log_totals)
     of_draw = torch.tensor(rows, device=logprobs.device)
     chosen = logprobs[of_draw, tokens.clamp(min=0)].tolist()
     drawn: list[Drawn | NoTokenAllowed] = []

@@ -220,7 +220,12 @@ def normalize(logits: torch.Tensor, n_vocab: int, memory: RowMemory | None = Non
     n_missing = n_vocab - logits.shape[1]
     if n_missing:
         logits = torch.nn.functional.pad(logits, (0, n_missing), value=-math.inf)
-    logprobs = _log_softmax(logits, memory or RowMemory(0))
+    if logits.device.type == "cpu":
+        from genlm_backend import race  # imports numba
+
+        if race.is_compiled():
+            return _normalize_on_cpu(logits, memory or RowMemory(0))
+    logprobs = torch.log_softmax(logits, -1, dtype=torch.float32)
     log_normalizers = logits[:, 0].float() - logprobs[:, 0]
     unknown = ~(logprobs[:, 0] > -_PRECISE_NATS)
     if unknown.any():  # the first token is too improbable, or the row is not finite: take the most probable token
@@ -229,12 +234,15 @@ def normalize(logits: torch.Tensor, n_vocab: int, memory: RowMemory | None = Non
     return Block(logprobs, log_normalizers.tolist())
 
 
-def _log_softmax(logits: torch.Tensor, memory: RowMemory) -> torch.Tensor:
-    """In float32; on the CPU in place, where also logits of 16 bits need no second float32 tensor."""
-    if logits.device.type != "cpu":
-        return torch.log_softmax(logits, -1, dtype=torch.float32)
-    rows = memory.empty(logits.shape).copy_(logits)
-    return torch.log_softmax(rows, -1, out=rows)
+def _normalize_on_cpu(logits: torch.Tensor, memory: RowMemory) -> Block:
+    """One compiled pass over each row, also of 16 bits: torch takes 1.7 times as long."""
+    from genlm_backend import race
+
+    rows = memory.empty(logits.shape)
+    if logits.dtype not in (torch.float32, torch.bfloat16) or logits.stride(-1) != 1:
+        logits = logits.float().contiguous()
+    log_normalizers = race.normalize(logits.data_ptr(), logits.element_size(), logits.stride(0), rows.numpy())
+    return Block(rows, log_normalizers.tolist())
 
 
 def _is_prefill(job: Job) -> bool:

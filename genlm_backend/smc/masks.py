@@ -26,7 +26,15 @@ class _Asked(NamedTuple):
     """The states of one particle, one for each constraint, and where its mask goes."""
 
     states: Sequence[State]
-    answer: asyncio.Future[PackedMask] | Future[PackedMask]
+    answer: asyncio.Future[PackedMask]
+
+
+class _Round:
+    """What is asked of the thread until it begins anew: states, and where all of their masks go."""
+
+    def __init__(self) -> None:
+        self.states: list[Sequence[State]] = []
+        self.made: Future[Sequence[PackedMask | Exception]] = Future()
 
 
 class Masks:
@@ -47,7 +55,7 @@ class Masks:
         # By loop: what an interrupted one left behind must not keep the next one waiting.
         self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Asked]] = WeakKeyDictionary()
         self._lock = threading.Lock()
-        self._late: list[_Asked] = []
+        self._round = _Round()
         self._is_idle = threading.Event()
         self._is_idle.set()
         _LIVE.add(self)
@@ -72,7 +80,6 @@ class Masks:
 
     def late(self, states: Sequence[State]) -> LateMask:
         """As `ask`, but another thread makes it, together with all that is asked while it is busy."""
-        answer: Future[PackedMask] = Future()
         with self._lock:
             if self._is_idle.is_set():
                 self._is_idle.clear()
@@ -82,47 +89,46 @@ class Masks:
                 except BaseException:
                     self._is_idle.set()
                     raise
-            self._late.append(_Asked(states, answer))
-        return LateMask(self._constraints[0].n_tokens, answer)
+            late = LateMask(self._constraints[0].n_tokens, self._round.made, len(self._round.states))
+            self._round.states.append(states)
+        return late
 
     def _make(self) -> None:
         with responsive_threads():
             while True:
                 with self._lock:
-                    asked, self._late = self._late, []
-                    if not asked:
+                    if not self._round.states:
                         self._is_idle.set()
                         return
-                try:
-                    self._serve(asked)
-                except BaseException as error:  # a constraint's own SystemExit; who asked must not wait for ever
-                    for one in asked:
-                        if not one.answer.done():
-                            one.answer.set_exception(_as_exception(error))
+                    (states, made), self._round = (self._round.states, self._round.made), _Round()
+                made.set_result(self._outcomes(states))
 
     def _answer(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._serve([one for one in self._waiting.pop(loop) if not one.answer.done()])
-
-    def _serve(self, asked: Sequence[_Asked]) -> None:
+        asked = [one for one in self._waiting.pop(loop) if not one.answer.done()]
         try:
-            masks = self._together([one.states for one in asked])
+            outcomes = self._outcomes([one.states for one in asked], (KeyboardInterrupt, SystemExit))
         except (KeyboardInterrupt, SystemExit) as error:
             for one in asked:
-                if not one.answer.done():
-                    one.answer.set_exception(_as_exception(error))
+                one.answer.set_exception(_as_exception(error))
             raise
-        except (
-            BaseException
-        ) as error:  # handed on to the particle whose states cause it; a panic of Rust's is no Exception
-            if len(asked) == 1:
-                asked[0].answer.set_exception(_as_exception(error))
-                return
-            for one in asked:
-                if not one.answer.done():
-                    self._serve([one])
-            return
-        for one, mask in zip(asked, masks, strict=True):
-            one.answer.set_result(mask)
+        for one, outcome in zip(asked, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                one.answer.set_exception(outcome)
+            else:
+                one.answer.set_result(outcome)
+
+    def _outcomes(
+        self, states: Sequence[Sequence[State]], leaves: tuple[type[BaseException], ...] = ()
+    ) -> Sequence[PackedMask | Exception]:
+        """A mask for each, or what its own states cause, unless it is of a kind that `leaves`."""
+        try:
+            return self._together(states)
+        except leaves:
+            raise
+        except BaseException as error:  # a panic of Rust's is no Exception; who waits must not wait for ever
+            if len(states) == 1:
+                return [_as_exception(error)]
+            return [outcome for one in states for outcome in self._outcomes([one], leaves)]
 
     def _together(self, states: Sequence[Sequence[State]]) -> Sequence[PackedMask]:
         keys = [tuple(map(id, of_particle)) for of_particle in states]  # copies of a particle have the same states

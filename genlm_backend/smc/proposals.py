@@ -113,7 +113,7 @@ class Direct(Proposal):
             try:
                 return await _drawn_by_model(model, states[0], late, key)
             except GenlmError:  # no error of the model's where there was nothing to draw
-                if late.made.exception() is None and not late.made.result().any():
+                if late.allows_nothing():
                     return Proposed(-1, -math.inf)
                 raise
         mask = await self._masks.ask(states[1:])

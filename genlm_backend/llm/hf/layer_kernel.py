@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numba import carray
 
+from genlm_backend.bits import LOG2_E, pointer, power_of_2, to_bits, widened
 from genlm_backend.compiled import compiled
-from genlm_backend.llm.hf.bits import LOG2_E, pointer, power_of_2, to_bits, widened
 
 # Division by zero gives an infinity and no error, whose check would keep loops from becoming vector instructions.
 _OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
+from genlm_backend.bits import LOG2_E, count_up, pointer, power_of_2, prefetch, to_bits, widened
 from genlm_backend.compiled import compiled
-from genlm_backend.llm.hf.bits import LOG2_E, count_up, pointer, power_of_2, prefetch, to_bits, widened
-from genlm_backend.llm.hf.team import TeamFunction, Work
+from genlm_backend.team import TeamFunction, Work
 
 _AHEAD = np.uint64(16)  # columns between asking for memory and reading it; 8 to 32 measured alike
 _LINE = np.uint64(64)  # bytes that come together

@@ -26,7 +26,7 @@ def list_cost(device: torch.device) -> float:
 
     if numba.config.DISABLE_JIT:
         return np.inf
-    from genlm_backend.llm.hf.team import has_team  # imports numba
+    from genlm_backend.team import has_team  # imports numba
 
     return LIST_COST if has_team() else LIST_COST * torch.get_num_threads()
 

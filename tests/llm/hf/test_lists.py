@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from genlm_backend.llm.hf import layout, list_kernel, lists, self_test, team
+from genlm_backend import team
+from genlm_backend.llm.hf import layout, list_kernel, lists, self_test
 from genlm_backend.llm.hf.layout import Layout, Lists, make_layout
 from genlm_backend.llm.hf.lists import ListStep
 from genlm_backend.llm.hf.plan import View

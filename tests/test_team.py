@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from genlm_backend import compiled as of_module
-from genlm_backend.llm.hf import team
-from genlm_backend.llm.hf.bits import count_up, pointer
-from genlm_backend.llm.hf.team import TeamFunction, has_team
+from genlm_backend import team
+from genlm_backend.bits import count_up, pointer
+from genlm_backend.team import TeamFunction, has_team
 
 _INT64 = np.uint64(0)
 

@@ -1,4 +1,4 @@
-"""What the compiled functions of this folder share: memory at an address, float32 and bfloat16 as bits, exp.
+"""What compiled functions share: memory at an address, a counter of tasks, float32 and bfloat16 as bits, exp.
 
 numba compiles it into each function that uses it and keeps that by the function's own file: after a change here, delete
 the caches (`make clean`). Importing this file imports numba.
@@ -23,7 +23,7 @@ def pointer(context: Any, address: Any, kind: Any) -> Any:
     """What lies at an address, as numbers of the type of `kind`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(kind.bitwidth).as_pointer())
+        return builder.inttoptr(arguments[0], context.get_value_type(kind).as_pointer())
 
     return types.CPointer(kind)(address, kind), generate
 
