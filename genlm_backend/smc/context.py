@@ -302,7 +302,7 @@ class Context:
             raise Died
         if self.position < len(self.entries):
             raise ReplayMismatch(f"particle {self.particle}", "the end of its program", f"{len(self.entries)} entries")
-        if any(entry is None for entry in self.entries[self._step_start() :]):
+        if None in self.entries[self._step_start() :]:
             raise InvalidProgram(
                 "the program came to a checkpoint or its end while one of its draws or questions was pending",
                 "await them all first",
@@ -381,10 +381,9 @@ class Context:
             raise Died
 
     def _piece(self, what: object, drawn: Proposed) -> bytes | None:
-        if isinstance(what, Potential):
-            what = Direct(what, is_kept=False)
-        if isinstance(what, Proposal):
-            return what.piece(drawn.value) if drawn.log_weight > -math.inf else None
+        if isinstance(what, Proposal | Potential):
+            proposal = what if isinstance(what, Proposal) else Direct(what, is_kept=False)
+            return proposal.piece(drawn.value) if drawn.log_weight > -math.inf else None
         if isinstance(what, torch.Tensor | np.ndarray):
             vocab = self._byte_vocab
             if drawn.value < 0:
@@ -405,14 +404,13 @@ class Context:
         proposal: LogRow | Distribution | None,
         key: int,
     ) -> Proposed:
-        if isinstance(what, Potential):
-            what = Direct(what, is_kept=False)
-        if isinstance(what, Proposal):
+        if isinstance(what, Proposal | Potential):
             if mask is not None or proposal is not None:
                 raise InvalidProgram("ctx.sample of a potential got a mask or a proposal", "multiply the potentials")
+            drawn_by = what if isinstance(what, Proposal) else Direct(what, is_kept=False)
             if self.ranks is not None:
-                return self._ranked(await what.target_row(state), None)
-            return await what.propose(state, key)
+                return self._ranked(await drawn_by.target_row(state), None)
+            return await drawn_by.propose(state, key)
         if isinstance(what, torch.Tensor | np.ndarray):
             row = as_row(what)
             return _from_row(row, mask, proposal, key) if self.ranks is None else self._ranked(row, mask)

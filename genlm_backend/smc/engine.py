@@ -316,17 +316,20 @@ class _Run:
             best = np.argsort(-np.array(log_weights), kind="stable")[:n]
             kept = np.sort(best[np.array(log_weights)[best] > -math.inf])
             return Resampled(kept, np.array(log_weights)[kept])
-        rng = np.random.Generator(np.random.PCG64(sampling.draw_key(self.settings.seed, (), step, "resample")))
         if method == "steer":
-            return resample(rng, log_weights, n, "optimal") if len(log_weights) > n else None
+            return resample(self._rng(step), log_weights, n, "optimal") if len(log_weights) > n else None
         if not self._is_running() or threshold == 0:
             return None
         if threshold < 1 and effective_sample_size(log_weights) >= threshold * n:
             return None
+        rng = self._rng(step)
         if self.settings.is_conditional:
             ancestors = conditional_multinomial(rng, log_weights, n)
             return Resampled(ancestors, np.full(n, log_sum_exp(log_weights) - math.log(n)))
         return resample(rng, log_weights, n, scheme)
+
+    def _rng(self, step: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64(sampling.draw_key(self.settings.seed, (), step, "resample")))
 
     async def _become(self, drawn: Resampled) -> None:
         """The first child of each takes over its coroutine, the others are copies; who has none ends."""
