@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -56,15 +56,17 @@ class PackedMask:
 
 
 class LateMask(NamedTuple):
-    """A packed mask that another thread is making, with others; who needs it waits for them.
+    """A packed mask that is made, with others, in another thread when somebody begins; who needs it waits for them.
 
     Attributes:
         n_tokens: Number of tokens.
-        made: All that are made together: masks, or what was raised instead.
+        begin: Has all of them made; called again, or from another thread, it does nothing.
+        made: Masks, or what was raised instead.
         place: Of this one among them.
     """
 
     n_tokens: int
+    begin: Callable[[], None]
     made: Future[Sequence[PackedMask | Exception]]
     place: int
 
@@ -75,6 +77,7 @@ class LateMask(NamedTuple):
             TimeoutError: It was not made in time.
             Exception: What the constraint raised.
         """
+        self.begin()
         outcome = self.made.result(timeout_s)[self.place]
         if isinstance(outcome, Exception):
             raise outcome
@@ -82,6 +85,7 @@ class LateMask(NamedTuple):
 
     def allows_nothing(self) -> bool:
         """Whether it could be made, and allows no token; waits for it."""
+        self.begin()
         outcome = self.made.result()[self.place]
         return isinstance(outcome, PackedMask) and not outcome.any()
 

@@ -171,6 +171,12 @@ def is_late(query: Query) -> bool:
     return isinstance(query, Draw | MaskMass) and isinstance(query.mask, LateMask)
 
 
+def begin(query: Query) -> None:
+    """Have its mask made, if that is late: in another thread, while its row is computed."""
+    if isinstance(query, Draw | MaskMass) and isinstance(query.mask, LateMask):
+        query.mask.begin()
+
+
 def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
     """Answers, or exceptions for one asker each, to queries about rows of a block; waits for late masks.
 

@@ -19,7 +19,7 @@ from genlm_backend.batching import Batcher, Job
 from genlm_backend.cache.row_memo import Block, RowMemo
 from genlm_backend.cache.row_memory import RowMemory
 from genlm_backend.errors import EvaluationFailed, GenlmError, NonFiniteLogits
-from genlm_backend.llm.queries import LogNormalizer, Query, answer, is_late
+from genlm_backend.llm.queries import LogNormalizer, Query, answer, begin, is_late
 
 _PREFILL = LogNormalizer()  # this very object asks for keys and values: no remembered row answers it
 _PRECISE_NATS = 64.0  # float32 log-probabilities above minus this are exact to 4e-6
@@ -170,6 +170,9 @@ class Service:
         self.engine.close()
 
     def _evaluate(self, jobs: Sequence[Job]) -> list[list[Any]]:
+        for job in jobs:
+            for query in job.questions:
+                begin(query)
         known = [None if _is_prefill(job) else self.memo.get(job.key) for job in jobs]  # some were just computed
         new = [job for job, block in zip(jobs, known, strict=True) if block is None]
         computed = iter(self._compute(new) if new else [])

@@ -1,7 +1,7 @@
 """Masks that several particles want at once, made by one call: in parallel threads where the constraint can.
 
 Constraints that may be used in any thread, such as grammars, are asked in a thread of their own, while the model
-computes the rows that the masks are for; only who draws waits for them.
+computes the rows that the masks are for: whoever takes a batch begins its masks, and only who draws waits for them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import atexit
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -30,11 +31,12 @@ class _Asked(NamedTuple):
 
 
 class _Round:
-    """What is asked of the thread until it begins anew: states, and where all of their masks go."""
+    """What is asked late until somebody begins: states, and where all of their masks go."""
 
     def __init__(self) -> None:
         self.states: list[Sequence[State]] = []
         self.made: Future[Sequence[PackedMask | Exception]] = Future()
+        self.has_begun = False
 
 
 class Masks:
@@ -56,6 +58,7 @@ class Masks:
         self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Asked]] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._round = _Round()
+        self._n_making = 0
         self._is_idle = threading.Event()
         self._is_idle.set()
         _LIVE.add(self)
@@ -79,29 +82,40 @@ class Masks:
         return answer
 
     def late(self, states: Sequence[State]) -> LateMask:
-        """As `ask`, but another thread makes it, together with all that is asked while it is busy."""
+        """As `ask`, but another thread makes it, together with all that is asked until one of them is begun."""
         with self._lock:
-            if self._is_idle.is_set():
-                self._is_idle.clear()
-                try:
-                    # Not `Thread.start`, which waits until the thread runs: 1 ms beside a forward pass.
-                    _thread.start_new_thread(self._make, ())
-                except BaseException:
-                    self._is_idle.set()
-                    raise
-            late = LateMask(self._constraints[0].n_tokens, self._round.made, len(self._round.states))
+            late = LateMask(
+                self._constraints[0].n_tokens,
+                partial(self._begin, self._round),
+                self._round.made,
+                len(self._round.states),
+            )
             self._round.states.append(states)
         return late
 
-    def _make(self) -> None:
-        with responsive_threads():
-            while True:
-                with self._lock:
-                    if not self._round.states:
-                        self._is_idle.set()
-                        return
-                    (states, made), self._round = (self._round.states, self._round.made), _Round()
-                made.set_result(self._outcomes(states))
+    def _begin(self, some: _Round) -> None:
+        with self._lock:
+            if some.has_begun:
+                return
+            some.has_begun = True
+            self._round = _Round()
+            self._n_making += 1
+            self._is_idle.clear()
+        try:
+            # Not `Thread.start`, which waits until the thread runs: 1 ms beside a forward pass.
+            _thread.start_new_thread(self._make, (some,))
+        except RuntimeError:  # no more threads are to be had
+            self._make(some)
+
+    def _make(self, some: _Round) -> None:
+        try:
+            with responsive_threads():
+                some.made.set_result(self._outcomes(some.states))
+        finally:
+            with self._lock:
+                self._n_making -= 1
+                if not self._n_making:
+                    self._is_idle.set()
 
     def _answer(self, loop: asyncio.AbstractEventLoop) -> None:
         asked = [one for one in self._waiting.pop(loop) if not one.answer.done()]

@@ -207,10 +207,15 @@ def test_late_masks_are_made_in_another_thread_and_what_comes_meanwhile_together
     rule = Held(is_open=False)
     masks = Masks([rule], [2])
     first = masks.late([(0,)])
+    time.sleep(0.01)
+    assert not rule.calls, "nobody began"
+    for _ in range(2):
+        first.begin()
     while not rule.calls:
         time.sleep(0.001)
     once, again, other = (1,), tuple(range(1, 2)), (1, 0)
     later = [masks.late([state]) for state in (once, other, once, again)]
+    later[3].begin()
     rule.gate.release(2)
     assert of_late(first) == [False, True, True]
     assert [of_late(late) for late in later] == [
@@ -224,6 +229,18 @@ def test_late_masks_are_made_in_another_thread_and_what_comes_meanwhile_together
     assert threading.get_ident() not in rule.threads
     rule.gate.release()
     assert of_late(masks.late([(0,)])) == [False, True, True]  # a thread that had nothing to do begins again
+
+
+def test_without_another_thread_late_masks_are_made_by_who_begins(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    rule = Held()
+    late = Masks([rule], []).late([(0,)])
+    monkeypatch.setattr("_thread.start_new_thread", refuse)
+    late.begin()
+    monkeypatch.undo()
+    assert rule.threads == {threading.get_ident()} and of_late(late) == [False, True, True]
 
 
 def test_only_constraints_for_any_thread_are_asked_late():
@@ -256,6 +273,7 @@ def test_masks_beside_one_that_ends_the_thread_are_answered():
     rule = Raising(is_open=False)
     masks = Masks([rule], [])
     late = [masks.late([(1,)])]
+    late[0].begin()
     while not rule.calls:
         time.sleep(0.001)
     late += [masks.late([state]) for state in ((2,), (0, 0), (0,))]  # together, after the first
@@ -280,7 +298,7 @@ class Slow(NoRepeat):
         print("made", flush=True)
         return super().masks(states)
 
-Masks([Slow()], []).late([(0,)])
+Masks([Slow()], []).late([(0,)]).begin()
 print("ends", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
@@ -304,6 +322,8 @@ async def test_the_model_computes_while_masks_are_made_and_who_draws_waits():
         Direct(Product(LanguageModel(llm, [0], eos_token_ids=[2]), rule)).propose(((), ()), 5)
     )
     assert await engine.entered() == [(0,)]  # before any mask is there
+    while not rule.calls:
+        await asyncio.sleep(0.001)
     assert rule.calls == [[()]]
     await asyncio.sleep(0.05)
     assert not drawing.done()
