@@ -1,9 +1,11 @@
 """Constrained sequential Monte Carlo beside genlm-control: particle-tokens per second, and our own overhead.
 
     python -m benchmark.smc                       # all of it, in one run; results in .cache/benchmark/smc.json
-    python -m benchmark.smc --particles 10 --only regex --ours
+    python -m benchmark.smc --particles 10 --only record --ours
 
-A particle-token is a token of a particle that is alive and complete at the end. Both libraries take turns, with the
+A particle-token is a token of a particle that is alive and complete at the end. genlm-control resamples after its last
+step too, which makes copies of the living out of the dead; ours does not, but is counted as if it did. How many of the
+particles are different is told. Both libraries take turns, with the
 same model and the same number of threads; each is loaded and has answered one question before the clock starts, and
 caches are empty then. A run of the peer is stopped after `--limit` seconds: it then has no complete particle, and all
 tokens that it drew until then, whether their particles would have lived or not, are counted in its favour.
@@ -19,20 +21,22 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter, strftime
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 
 from benchmark.environments import CACHE, ROOT, PeerUnavailable, make_environment, our_torch
 from benchmark.machine import commit, describe_machine, dtype, machine_line, markdown_table, with_notes
-from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEX, SCHEMA
+from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEXES, SCHEMA
 
 OURS, PEER = "ours", "genlm-control"
+CONSTRAINTS = [*REGEXES, "json"]
 TARGET, MOST_OVERHEAD = 20.0, 0.15
 
 
@@ -42,6 +46,7 @@ class Run(NamedTuple):
     Attributes:
         seconds: How long it took, or ran until it was stopped.
         complete: Particles alive and complete at the end; None if it was stopped.
+        different: How many different texts they have.
         tokens: Tokens of those; None if it was stopped.
         sampled: Tokens drawn for all particles.
         overhead: Share of the time that was not the model's forward; None for the peer.
@@ -49,6 +54,7 @@ class Run(NamedTuple):
 
     seconds: float
     complete: int | None
+    different: int | None
     tokens: int | None
     sampled: int
     overhead: float | None = None
@@ -155,7 +161,7 @@ class _Ours:
         sampling.prepare()
         async with load_model_by_name("smollm2", backend="hf", llm_opts={"hf_opts": {"dtype": dtype()}}) as llm:
             ours = cls(llm)
-            await ours.run(Cell("regex", 2), seed=99)
+            await ours.run(Cell("record", 2), seed=99)
             yield ours
             llm._service.engine = ours.forward.engine
 
@@ -165,20 +171,33 @@ class _Ours:
 
         llm = self.llm
         prompt = PROMPTS[cell.constraint]
-        if cell.constraint == "regex":
-            grammar = Grammar.regex(llm, REGEX)
+        if cell.constraint in REGEXES:
+            grammar = Grammar.regex(llm, REGEXES[cell.constraint])
         else:
             grammar = Grammar.json_schema(llm, SCHEMA, whitespace=False)
-        model = sequences(Product(LanguageModel(llm, prompt), grammar), max_tokens=MAX_TOKENS[cell.constraint])
+        model = sequences(Product(LanguageModel(llm, prompt), grammar), max_tokens=MAX_TOKENS)
         llm.clear_cache()
         self.forward.seconds = 0.0
         started = perf_counter()
         result = await smc(model, cell.n_particles, seed=seed, ess_threshold=ESS_THRESHOLD, on_failure="mark")
         seconds = perf_counter() - started
-        alive = [p for p, w in zip(result.paths, result.log_weights, strict=True) if w > -math.inf]
-        tokens = sum(sum(choice != len(llm.byte_vocab) for choice in path.choices) for path in alive)
+        kept = [result.paths[i] for i in _after_resampling(result.log_weights, seed)]
+        texts = [tuple(choice for choice in path.choices if choice != len(llm.byte_vocab)) for path in kept]
         sampled = sum(step.statuses.count("r") for step in result.steps)
-        return Run(seconds, len(alive), tokens, sampled, 1.0 - self.forward.seconds / seconds)
+        share = 1.0 - self.forward.seconds / seconds
+        return Run(seconds, len(kept), len(set(texts)), sum(map(len, texts)), sampled, share)
+
+
+def _after_resampling(log_weights: Sequence[float], seed: int) -> list[int]:
+    """Who is there after one more resampling, where the threshold asks for it: the peer does that at the end."""
+    from genlm_backend.smc.resampling import resample
+    from genlm_backend.smc.weights import effective_sample_size
+
+    n, size = len(log_weights), effective_sample_size(log_weights)
+    if not 0.0 < size < ESS_THRESHOLD * n:
+        return [i for i, log_weight in enumerate(log_weights) if log_weight > -math.inf]
+    drawn = resample(np.random.default_rng(seed), list(log_weights), n, "multinomial")
+    return list(map(int, drawn.ancestors))
 
 
 class Stopwatch:
@@ -217,7 +236,7 @@ def _run_peer(
     if done.returncode:
         raise PeerUnavailable((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    run = Run(found["seconds"], found.get("complete"), found.get("tokens"), found["sampled"])
+    run = Run(found["seconds"], *map(found.get, ("complete", "different", "tokens")), found["sampled"])
     return run, found["versions"]
 
 
@@ -229,7 +248,7 @@ def _rows(cells: list[Cell], runs: dict[tuple[str, Cell], list[Run]]) -> Iterato
         "",
         "particle-tokens per second",
         f"ours / {PEER} (target {TARGET:g})",
-        "alive and complete",
+        "alive and complete (different)",
         "seconds to 10 valid samples",
         f"own overhead (at most {MOST_OVERHEAD:.0%})",
     )
@@ -245,7 +264,7 @@ def _rows(cells: list[Cell], runs: dict[tuple[str, Cell], list[Run]]) -> Iterato
                     pairs = zip(found, peers, strict=False)
                     ratio = _spread([a.rate / b.rate if b.rate else math.inf for a, b in pairs])
             stopped = any(run.tokens is None for run in found)
-            complete = ["stopped" if run.complete is None else str(run.complete) for run in found]
+            complete = ["stopped" if run.complete is None else f"{run.complete} ({run.different})" for run in found]
             rate = ("at most " if stopped else "") + _spread([run.rate for run in found])
             yield f"{name}, {cell}", rate, ratio, ", ".join(complete), seconds_to(10, found), overhead
 
@@ -275,7 +294,7 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--particles", type=int, nargs="+", default=[10, 50])
-    parser.add_argument("--only", choices=["regex", "json"], nargs="+", default=["regex", "json"])
+    parser.add_argument("--only", choices=CONSTRAINTS, nargs="+", default=CONSTRAINTS)
     parser.add_argument("--ours", action="store_true", help="leave the peer out")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

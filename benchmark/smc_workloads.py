@@ -12,7 +12,14 @@ SCHEMA = {
     "required": ["name", "city", "age"],
     "additionalProperties": False,
 }
-REGEX = r" (a|the) [a-z ]+\."
-PROMPTS = {"regex": "Montreal is", "json": "Here is a person as compact JSON, with name, city and age: "}
-MAX_TOKENS = {"regex": 40, "json": 40}
+REGEXES = {
+    "sentence": r" (a|the) [a-z ]+\.",  # may go on for ever
+    "record": r" Name: [A-Z][a-z]{1,9}, born \d{4}-\d{2}-\d{2}, phone \(\d{3}\) \d{3}-\d{4}\.",  # about 35 tokens
+}
+PROMPTS = {
+    "sentence": "Montreal is",
+    "record": "The address book has one entry.",
+    "json": "Here is a person as compact JSON, with name, city and age: ",
+}
+MAX_TOKENS = 40  # of text
 ESS_THRESHOLD = 0.5

@@ -16,7 +16,7 @@ import torch
 from genlm.backend import load_model_by_name
 from genlm.control import AWRS, BoolFSA, JsonSchema, PromptedLLM
 
-from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEX, SCHEMA
+from benchmark.smc_workloads import ESS_THRESHOLD, MAX_TOKENS, PROMPTS, REGEXES, SCHEMA
 from benchmark.worker import installed_version
 from benchmark.workloads import DTYPE
 
@@ -40,21 +40,23 @@ async def main(folder: str, workload: str, n_particles: int, seed: int, limit_s:
     backend = load_model_by_name(folder, backend="hf", llm_opts=options)
     prompted = PromptedLLM(backend)
     prompted.set_prompt_from_str(PROMPTS[workload])
-    potential = BoolFSA.from_regex(REGEX) if workload == "regex" else JsonSchema(SCHEMA)
+    potential = BoolFSA.from_regex(REGEXES[workload]) if workload in REGEXES else JsonSchema(SCHEMA)
     sampler = Counted(prompted, potential.coerce(prompted, f=b"".join), seed=seed)
     await prompted.logw_next([])  # what is loaded at the first use is not timed
     backend.clear_cache()
-    running = sampler.smc(n_particles=n_particles, ess_threshold=ESS_THRESHOLD, max_tokens=MAX_TOKENS[workload])
+    most = MAX_TOKENS + 1  # it counts the end
+    running = sampler.smc(n_particles=n_particles, ess_threshold=ESS_THRESHOLD, max_tokens=most)
     started = time.perf_counter()
     found: dict[str, Any] = {}
     try:
         sequences = await asyncio.wait_for(running, limit_s)
-        counts = []
+        counts, different = [], set()
         for context, log_weight in zip(sequences.contexts, sequences.log_weights, strict=True):
             is_complete = len(context) > 0 and not isinstance(context[-1], bytes)  # the end is an object of its own
             if log_weight > -np.inf and is_complete:
                 counts.append(len(context) - 1)
-        found = {"complete": len(counts), "tokens": sum(counts)}
+                different.add(tuple(context[:-1]))
+        found = {"complete": len(counts), "different": len(different), "tokens": sum(counts)}
     except TimeoutError:
         pass
     found |= {"seconds": time.perf_counter() - started, "sampled": n_sampled}
