@@ -690,7 +690,7 @@ def _check_mask(mask: Mask, shape: tuple[int, ...]) -> None:
         if (mask.n_tokens,) != shape:
             raise InvalidQuery(f"a packed mask is of {mask.n_tokens} tokens; expected {shape[0]}")
         return
-    if not isinstance(mask, torch.Tensor | np.ndarray):
+    if not isinstance(mask, (torch.Tensor, np.ndarray)):
         raise InvalidQuery(f"a mask is a {type(mask).__name__}; expected a bool array of shape {shape}")
     if str(mask.dtype) not in ("torch.bool", "bool") or mask.shape != shape:
         raise InvalidQuery(f"a mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool of shape {shape}")

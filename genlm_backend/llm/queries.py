@@ -168,12 +168,12 @@ def check_query(query: object, n_vocab: int) -> Query:
 
 def is_late(query: Query) -> bool:
     """Whether its mask is still being made."""
-    return isinstance(query, Draw | MaskMass) and isinstance(query.mask, LateMask)
+    return isinstance(query, (Draw, MaskMass)) and isinstance(query.mask, LateMask)
 
 
 def begin(query: Query) -> None:
     """Have its mask made, if that is late: in another thread, while its row is computed."""
-    if isinstance(query, Draw | MaskMass) and isinstance(query.mask, LateMask):
+    if isinstance(query, (Draw, MaskMass)) and isinstance(query.mask, LateMask):
         query.mask.begin()
 
 
@@ -189,7 +189,7 @@ def answer(block: Block, asked: Sequence[tuple[int, Query]]) -> list[Any]:
     filtered: list[tuple[int, int, Draw]] = []
     masses: list[tuple[int, int, MaskMass]] = []
     for i, (row, query) in enumerate(asked):
-        if not isinstance(query, Draw | MaskMass):
+        if not isinstance(query, (Draw, MaskMass)):
             continue
         try:
             query = _with_mask(query)
@@ -356,7 +356,7 @@ def _checked_k(k: object, n_vocab: int, what: str) -> int:
 
 
 def _checked_mask(mask: Mask | LateMask, n_vocab: int) -> Mask | LateMask:
-    if isinstance(mask, PackedMask | LateMask):
+    if isinstance(mask, (PackedMask, LateMask)):
         if mask.n_tokens != n_vocab:
             raise InvalidQuery(f"a packed mask is of {mask.n_tokens} tokens; expected {n_vocab}")
         return mask

@@ -48,7 +48,7 @@ class Product(Potential):
         return tuple(factor.start() for factor in self.factors)
 
     def extend(self, state: State, token_id: int) -> State:
-        return tuple(factor.extend(part, token_id) for factor, part in zip(self.factors, state, strict=True))
+        return tuple([factor.extend(part, token_id) for factor, part in zip(self.factors, state, strict=True)])
 
     async def prefix(self, state: State) -> float:
         return await self._sum(state, lambda factor, part: factor.prefix(part))

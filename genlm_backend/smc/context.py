@@ -39,6 +39,7 @@ class Checkpoint:
 
 
 CHECKPOINT = Checkpoint()
+_AT_CHECKPOINT = Entry("checkpoint")
 
 _ASKER: ContextVar[tuple[Context | None, object]] = ContextVar("_ASKER", default=(None, None))
 """Who a task is to the context that it has asked; not set where a program itself asks. Tasks inherit this."""
@@ -102,11 +103,18 @@ class Context:
         key = self._new_key()
         where = (self._key_step, self.particle, key)
         drawn = None if self._recording is None else self._recording.known_draw(where)
+        drawn_by = what if isinstance(what, Proposal) else None
+        if drawn_by is None and isinstance(what, Potential):
+            drawn_by = Direct(what, is_kept=False)
         if drawn is None:
-            drawn = await self._draw(what, state, mask, proposal, key)
+            if drawn_by is None:
+                drawn = self._draw(what, mask, proposal, key)
+            else:
+                drawn = await self._draw_by(drawn_by, state, mask, proposal, key)
             if self._recording is not None:
                 self._recording.keep_draw(where, drawn)
-        self._put(index, Entry("sample", drawn.value, drawn.log_weight, self._piece(what, drawn)))
+        piece = self._piece(what, drawn) if drawn_by is None else _piece_by(drawn_by, drawn)
+        self._put(index, Entry("sample", drawn.value, drawn.log_weight, piece))
         self._weigh(drawn.log_weight, "a draw")
         return drawn.value
 
@@ -170,7 +178,7 @@ class Context:
         """
         if self.is_replaying:
             return
-        if isinstance(what, torch.Tensor | np.ndarray):
+        if isinstance(what, (torch.Tensor, np.ndarray)):
             self._weigh(float(as_row(what)[value]), f"observing {value!r}")
         else:
             self._weigh(float(what.logprob(value)), f"observing {value!r}")
@@ -381,10 +389,7 @@ class Context:
             raise Died
 
     def _piece(self, what: object, drawn: Proposed) -> bytes | None:
-        if isinstance(what, Proposal | Potential):
-            proposal = what if isinstance(what, Proposal) else Direct(what, is_kept=False)
-            return proposal.piece(drawn.value) if drawn.log_weight > -math.inf else None
-        if isinstance(what, torch.Tensor | np.ndarray):
+        if isinstance(what, (torch.Tensor, np.ndarray)):
             vocab = self._byte_vocab
             if drawn.value < 0:
                 return None
@@ -396,22 +401,15 @@ class Context:
             return await llm.query(token_ids, query, lora_name)
         return await self._recording.answer(llm, tuple(token_ids), query, lora_name)
 
-    async def _draw(
-        self,
-        what: LogRow | Distribution | Potential | Proposal,
-        state: Any,
-        mask: Mask | None,
-        proposal: LogRow | Distribution | None,
-        key: int,
-    ) -> Proposed:
-        if isinstance(what, Proposal | Potential):
-            if mask is not None or proposal is not None:
-                raise InvalidProgram("ctx.sample of a potential got a mask or a proposal", "multiply the potentials")
-            drawn_by = what if isinstance(what, Proposal) else Direct(what, is_kept=False)
-            if self.ranks is not None:
-                return self._ranked(await drawn_by.target_row(state), None)
-            return await drawn_by.propose(state, key)
-        if isinstance(what, torch.Tensor | np.ndarray):
+    async def _draw_by(self, drawn_by: Proposal, state: Any, mask: object, proposal: object, key: int) -> Proposed:
+        if mask is not None or proposal is not None:
+            raise InvalidProgram("ctx.sample of a potential got a mask or a proposal", "multiply the potentials")
+        if self.ranks is not None:
+            return self._ranked(await drawn_by.target_row(state), None)
+        return await drawn_by.propose(state, key)
+
+    def _draw(self, what: object, mask: Mask | None, proposal: LogRow | Distribution | None, key: int) -> Proposed:
+        if isinstance(what, (torch.Tensor, np.ndarray)):
             row = as_row(what)
             return _from_row(row, mask, proposal, key) if self.ranks is None else self._ranked(row, mask)
         if not isinstance(what, Distribution):
@@ -460,8 +458,12 @@ def _checkpoint(context: Context) -> Generator[Any, None, None]:
     if known is not None:
         context.step += 1
         return
-    context._put(index, Entry("checkpoint"))
+    context._put(index, _AT_CHECKPOINT)
     yield CHECKPOINT
+
+
+def _piece_by(drawn_by: Proposal, drawn: Proposed) -> bytes | None:
+    return drawn_by.piece(drawn.value) if drawn.log_weight > -math.inf else None
 
 
 def _from_row(row: torch.Tensor, mask: Mask | None, proposal: Any, key: int) -> Proposed:

@@ -96,8 +96,9 @@ async def _run_program(ctx: Context, begun: Program) -> Any:
 
 
 async def _run_particle(ctx: Context, first: Particle) -> Any:
-    particle: object = first if ctx.state is None else ctx.state
-    while isinstance(particle, Particle):
+    particle: Any = first if ctx.state is None else ctx.state
+    kind = type(particle)
+    while type(particle) is kind or isinstance(particle, Particle):
         ctx.is_stepping = True
         particle = await particle.step(ctx)
         ctx.is_stepping = False

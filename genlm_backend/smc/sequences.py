@@ -76,7 +76,7 @@ class _Rules:
     byte_vocab: Sequence[bytes] | None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: that takes four times as long to make
 class _Writing(Particle):
     rules: _Rules
     state: State
