@@ -170,10 +170,13 @@ class Service:
         self.engine.close()
 
     def _evaluate(self, jobs: Sequence[Job]) -> list[list[Any]]:
+        known: list[Block | None] = []
         for job in jobs:
+            is_prefill = False
             for query in job.questions:
+                is_prefill |= query is _PREFILL
                 begin(query)
-        known = [None if _is_prefill(job) else self.memo.get(job.key) for job in jobs]  # some were just computed
+            known.append(None if is_prefill else self.memo.get(job.key))  # some were just computed
         new = [job for job, block in zip(jobs, known, strict=True) if block is None]
         computed = iter(self._compute(new) if new else [])
         return [
@@ -246,10 +249,6 @@ def _normalize_on_cpu(logits: torch.Tensor, memory: RowMemory) -> Block:
         logits = logits.float().contiguous()
     log_normalizers = race.normalize(logits.data_ptr(), logits.element_size(), logits.stride(0), rows.numpy())
     return Block(rows, log_normalizers.tolist())
-
-
-def _is_prefill(job: Job) -> bool:
-    return any(query is _PREFILL for query in job.questions)
 
 
 def _n_tokens(job: Job) -> int:
