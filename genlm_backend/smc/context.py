@@ -109,8 +109,12 @@ class Context:
         if drawn is None:
             if drawn_by is None:
                 drawn = self._draw(what, mask, proposal, key)
+            elif mask is not None or proposal is not None:
+                raise InvalidProgram("ctx.sample of a potential got a mask or a proposal", "multiply the potentials")
+            elif self.ranks is None:
+                drawn = await drawn_by.propose(state, key)
             else:
-                drawn = await self._draw_by(drawn_by, state, mask, proposal, key)
+                drawn = self._ranked(await drawn_by.target_row(state), None)
             if self._recording is not None:
                 self._recording.keep_draw(where, drawn)
         piece = self._piece(what, drawn) if drawn_by is None else _piece_by(drawn_by, drawn)
@@ -400,13 +404,6 @@ class Context:
         if self._recording is None:
             return await llm.query(token_ids, query, lora_name)
         return await self._recording.answer(llm, tuple(token_ids), query, lora_name)
-
-    async def _draw_by(self, drawn_by: Proposal, state: Any, mask: object, proposal: object, key: int) -> Proposed:
-        if mask is not None or proposal is not None:
-            raise InvalidProgram("ctx.sample of a potential got a mask or a proposal", "multiply the potentials")
-        if self.ranks is not None:
-            return self._ranked(await drawn_by.target_row(state), None)
-        return await drawn_by.propose(state, key)
 
     def _draw(self, what: object, mask: Mask | None, proposal: LogRow | Distribution | None, key: int) -> Proposed:
         if isinstance(what, (torch.Tensor, np.ndarray)):

@@ -27,8 +27,8 @@ import torch
 
 from genlm_backend import sampling
 from genlm_backend.errors import GenlmError, InvalidProgram, NoTokenAllowed
-from genlm_backend.llm.queries import Draw, Mask
-from genlm_backend.packed_mask import LateMask
+from genlm_backend.llm.queries import Draw
+from genlm_backend.packed_mask import LateMask, PackedMask
 from genlm_backend.potentials.base import Constraint, Potential, State
 from genlm_backend.potentials.combinators import Product, Tempered
 from genlm_backend.potentials.language_model import LanguageModel
@@ -106,18 +106,25 @@ class Direct(Proposal):
             row = await self.potential.logw_next(state)
             return _drawn(row, row, key)
         model, states = self._parts.model, self._parts.states(state)
-        if not self._parts.constraints:
-            return await _drawn_by_model(model, states[0], None, key)
-        if self._masks.can_be_late and self._is_kept:
-            late = self._masks.late(states[1:])
-            try:
-                return await _drawn_by_model(model, states[0], late, key)
-            except GenlmError:  # no error of the model's where there was nothing to draw
-                if late.allows_nothing():
+        late: LateMask | None = None
+        allowed: PackedMask | LateMask | None = None
+        if self._parts.constraints:
+            if self._masks.can_be_late and self._is_kept:
+                allowed = late = self._masks.late(states[1:])
+            else:
+                allowed = await self._masks.ask(states[1:])
+                if not allowed.any():
                     return Proposed(-1, -math.inf)
-                raise
-        mask = await self._masks.ask(states[1:])
-        return await _drawn_by_model(model, states[0], mask, key) if mask.any() else Proposed(-1, -math.inf)
+        try:
+            drawn = await model.llm.query(model.context(states[0]), Draw(key, 1.0, allowed), model.lora_name)
+        except NoTokenAllowed:
+            return Proposed(-1, -math.inf)
+        except GenlmError:  # no error of the model's where there was nothing to draw
+            if late is not None and late.allows_nothing():
+                return Proposed(-1, -math.inf)
+            raise
+        symbol = model.end if drawn.token_id in model.eos_token_ids else drawn.token_id  # all of its ends stand for one
+        return Proposed(symbol, drawn.logprob - drawn.log_q)
 
 
 class Guided(Proposal):
@@ -264,16 +271,6 @@ def _model_and_constraints(potential: Potential) -> _Parts | None:
     if not isinstance(model, LanguageModel) or model.temperature != 1.0:
         return None
     return _Parts(model, constraints, models + others)
-
-
-async def _drawn_by_model(model: LanguageModel, state: State, allowed: Mask | LateMask | None, key: int) -> Proposed:
-    """A draw by the model itself; its end tokens stand for the symbol `end`."""
-    try:
-        drawn = await model.llm.query(model.context(state), Draw(key, 1.0, allowed), model.lora_name)
-    except NoTokenAllowed:
-        return Proposed(-1, -math.inf)
-    symbol = model.end if drawn.token_id in model.eos_token_ids else drawn.token_id
-    return Proposed(symbol, drawn.logprob - drawn.log_q)
 
 
 def nothing_drawn(row: torch.Tensor) -> Proposed:

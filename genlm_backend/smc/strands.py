@@ -93,7 +93,13 @@ class Live:
         try:
             if self._coroutine is None:
                 self._coroutine = self._start(context)
-            await self._until_checkpoint(self._coroutine)
+            is_over, value = await drive(self._coroutine)
+            if is_over:
+                self._coroutine = None
+                context.finish()
+                self.status, self.value = "done", value
+            else:
+                context.end_step()
         except BaseException as raised:
             match _single(raised):
                 case Died():
@@ -134,15 +140,6 @@ class Live:
         if coroutine is not None:
             self.context.runs_here()
             await end_program(coroutine)
-
-    async def _until_checkpoint(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        is_over, value = await drive(coroutine)
-        if is_over:
-            self._coroutine = None
-            self.context.finish()
-            self.status, self.value = "done", value
-        else:
-            self.context.end_step()
 
     def _entries(self) -> list[Entry]:
         if self.status != "running":
