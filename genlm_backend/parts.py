@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,21 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+
+_forked: int | None = None  # the thread that a fork began with
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = threading.get_ident()
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def has_forked() -> bool:
+    """Whether this thread came from another process: OpenMP's threads did not, and GNU's waits for them for ever."""
+    return threading.get_ident() == _forked
 
 
 def in_parts(n: int, least: int, work: Callable[[int, int], T]) -> list[T]:

@@ -215,7 +215,7 @@ def _draw_groups(
 def draw_among(
     token_ids: npt.NDArray[np.int64], log_scores: npt.NDArray[np.float64], keys: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.int64]:
-    """Where in each row of a few tokens the drawn one is; each token has the noise that it has in `draw_rows`.
+    """Where in each row of a few tokens the drawn one is; each token has the noise that it has in `draw`.
 
     Args:
         token_ids: (n, k) int64.
@@ -245,7 +245,13 @@ def log_mass_rows(
     masks: Words,
     mask_of_sum: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
-    """Log of the sum of exp(logprob / temperature) over a row's allowed tokens; arguments as in `draw_rows`.
+    """Log of the sum of exp(logprob / temperature) over a row's allowed tokens.
+
+    Args:
+        rows, row_stride, n_tokens, masks: As in `draw`.
+        row_of_sum: (n,) int64; which row each sum is of.
+        temperatures: (n,) float64, as in `Groups`.
+        mask_of_sum: (n,) int64; which mask each sum is under, -1 for none.
 
     Returns:
         (n,) float64; -inf where no token is possible, NaN where one is NaN. At temperature 0, the limit.
@@ -289,8 +295,9 @@ def _mask_row(row: Float32s, words: Words, masked: Float32s, few: Int64s) -> int
             while left != 0:
                 below = left & (~left + np.uint32(1))  # the lowest bit that is left
                 allowed = np.int64(w * 32) + np.int64(_n_bits(np.uint32(below - np.uint32(1))))
-                few[n], masked[n] = allowed, row[allowed]
-                n += 1
+                if allowed < row.size:
+                    few[n], masked[n] = allowed, row[allowed]
+                    n += 1
                 left = np.uint32(left ^ below)
         return n
     for w in range(row.size // 32):
@@ -527,10 +534,12 @@ def _normalize_rows(kind: Any, work: Work) -> None:
             block = row[start : start + _BLOCK]
             of_block = np.float32(0.0)
             for j in range(block.size):
-                of_block += power_of_2(max((block[j] - top) * _LOG2_E, np.float32(-126.0)))
+                block[j] -= top  # first, and stored: what all entries share, however large, costs no precision
+                of_block += power_of_2(max(block[j] * _LOG2_E, np.float32(-126.0)))
             total += np.float64(of_block)
-        log_normalizers[task] = np.float64(top) + math.log(total) if -np.inf < top < np.inf else np.nan
-        shift = np.float32(log_normalizers[task])
+        log_total = math.log(total) if -np.inf < top < np.inf else np.nan
+        log_normalizers[task] = np.float64(top) + log_total
+        shift = np.float32(log_total)
         for j in range(row.size):
             row[j] -= shift
 
@@ -554,10 +563,12 @@ def draw_filtered(
 ) -> tuple[Int64s, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Draws from rows after temperature, min-p, top-k and top-p in this order, then under masks.
 
-    Each token has the noise that it has in `draw_rows`.
+    Each token has the noise that it has in `draw`.
 
     Args:
-        rows, row_stride, n_tokens, row_of_draw, keys, masks, mask_of_draw: As in `draw_rows`.
+        rows, row_stride, n_tokens, masks, keys: As in `draw`.
+        row_of_draw: (n,) int64; which row each draw is from.
+        mask_of_draw: (n,) int64; which mask each draw is under, -1 for none.
         temperatures: As there; at 0 the filters see temperature 1, and the most probable allowed token is taken.
         top_ks: (n,) int64, from n_tokens on: all.
         top_ps: (n,) float64 in (0, 1], 1: all.
@@ -606,7 +617,7 @@ def top_rows(rows: Float32s, row_stride: int, n_rows: int, n_tokens: int, k: int
     """The k highest entries of each row, highest first, of equals the lowest ids: (n, k) int64 and (n, k) float32.
 
     Args:
-        rows: flat float32, as in `draw_rows`.
+        rows: flat float32, as in `draw`.
         k: 1 to n_tokens.
     """
     token_ids, values = np.empty((n_rows, k), np.int64), np.empty((n_rows, k), np.float32)

@@ -9,7 +9,6 @@ Importing this file imports numba.
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,22 +18,12 @@ import torch
 from numba import types
 
 from genlm_backend.compiled import c_function
+from genlm_backend.parts import has_forked
 
 _ROWS = 4  # that are worth a thread which waits already
 _ROWS_IN_MAIN = 64
 
 Work = Any  # in compiled functions: a pointer to int64, of which the first counts the tasks that were taken
-
-
-_is_forked = False  # a fork has none of the threads, and GNU's OpenMP waits for them for ever
-
-
-def _note_fork() -> None:
-    global _is_forked
-    _is_forked = True
-
-
-os.register_at_fork(after_in_child=_note_fork)
 
 
 class TeamFunction:
@@ -58,7 +47,7 @@ class TeamFunction:
             n_threads: At most so many, where torch's can be had.
         """
         work = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
-        parallel = None if n_threads == 1 or _is_forked else _parallel()
+        parallel = None if n_threads == 1 or has_forked() else _parallel()
         if parallel is None:
             self._alone(work)
         else:
@@ -66,17 +55,18 @@ class TeamFunction:
 
 
 def threads_for(n_rows: int) -> int:
-    """How many of torch's threads to use for so many rows of tens of microseconds each.
+    """One, or as many as torch has, for so many rows of tens of microseconds each.
 
+    All or none: GNU's OpenMP ends the threads that a smaller team has no use for, and torch would start them again.
     Those that the main thread would get are not those of an engine's thread, and beside them would slow both down.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    return max(1, min(torch.get_num_threads(), n_rows // (_ROWS_IN_MAIN if is_main else _ROWS)))
+    return torch.get_num_threads() if n_rows >= 2 * (_ROWS_IN_MAIN if is_main else _ROWS) else 1
 
 
 def has_team() -> bool:
     """Whether torch's threads can be had; else there is one."""
-    return not _is_forked and _parallel() is not None
+    return not has_forked() and _parallel() is not None
 
 
 @cache

@@ -374,6 +374,12 @@ def test_masks_may_be_one_table_or_one_per_row():
         assert torch.equal(draw(rows, keys, None, [None] * n), draw(rows, keys))
 
 
+def test_bits_of_a_mask_beyond_the_last_token_are_nobodys():
+    mask = PackedMask(np.array([1, 1 << 31 | 1 << 7], np.uint32), 40)
+    rows = some_rows(9, 40, 1)
+    assert set(sampling.draw(rows, some_keys(9), None, [mask] * 9).tolist()) <= {0, 39}
+
+
 @pytest.mark.slow
 def test_a_forked_process_draws_the_same_tokens():
     output = run_python(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,32 @@ def test_without_openmp_the_calling_thread_does_it_all(mark: TeamFunction, monke
     assert not has_team()
     marks, n_seen = run(mark, 3)
     assert (marks == 1).all() and n_seen == 1
+
+
+def test_all_threads_are_used_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A team of another size would make OpenMP end threads that torch starts again."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert [team.threads_for(n) for n in (0, 1, 127, 128, 500)] == [1, 1, 1, 16, 16]
+    with ThreadPoolExecutor(1) as not_main:
+        assert list(not_main.map(team.threads_for, (0, 7, 8, 50))) == [1, 1, 16, 16]
+
+
+@pytest.mark.slow
+def test_a_fork_of_a_process_that_had_no_team_of_ours_does_not_wait_for_torchs_threads() -> None:
+    program = """
+import os, sys, torch
+from genlm_backend import sampling
+torch.set_num_threads(2)
+rows = torch.randn(200, 20_000)
+torch.mm(rows, rows.t())
+child = os.fork()
+if not child:
+    sampling.draw(rows, range(200))
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "0"
 
 
 def test_openmp_is_looked_for_where_torch_is_linked(monkeypatch: pytest.MonkeyPatch) -> None:

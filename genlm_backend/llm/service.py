@@ -117,11 +117,11 @@ class Service:
         Already done when the row is remembered, unless its mask is late: that is waited for in the engine thread, with
         all of its batch.
         """
+        self.batcher.check_process()  # first: in a fork, the memo's lock may be held by a thread that is not there
         self.n_requests += 1
         known = None if is_late(query) else self.memo.get(context)
         if known is None:
             return self.batcher.ask(context, query)
-        self.batcher.check_process()
         self.n_row_hits += 1
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         (outcome,) = answer(known, [(0, query)])

@@ -104,13 +104,15 @@ class Masks:
         try:
             # Not `Thread.start`, which waits until the thread runs: 1 ms beside a forward pass.
             _thread.start_new_thread(self._make, (some,))
-        except RuntimeError:  # no more threads are to be had
+        except Exception:  # no more threads are to be had, or no memory for one
             self._make(some)
 
     def _make(self, some: _Round) -> None:
         try:
             with responsive_threads():
                 some.made.set_result(self._outcomes(some.states))
+        except BaseException as error:  # no memory, for one; who waits must not wait for ever
+            some.made.set_exception(_as_exception(error))
         finally:
             with self._lock:
                 self._n_making -= 1
@@ -179,6 +181,10 @@ def _as_exception(error: BaseException) -> Exception:
     """What a future takes: not StopIteration, and not what would look as if the particle itself had been stopped."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
-    wrapped = RuntimeError(f"a constraint raised {type(error).__name__}: {error}")
+    try:
+        told = f": {error}"
+    except Exception:  # its own text raises
+        told = ""
+    wrapped = RuntimeError(f"a constraint raised {type(error).__name__}{told}")
     wrapped.__cause__ = error
     return wrapped

@@ -97,7 +97,7 @@ async def _run_program(ctx: Context, begun: Program) -> Any:
 
 async def _run_particle(ctx: Context, first: Particle) -> Any:
     particle: Any = first if ctx.state is None else ctx.state
-    kind = type(particle)
+    kind = type(first)
     while type(particle) is kind or isinstance(particle, Particle):
         ctx.is_stepping = True
         particle = await particle.step(ctx)

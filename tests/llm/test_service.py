@@ -756,6 +756,30 @@ def test_a_row_is_normalised_alike_alone_in_a_batch_and_by_several_threads(dtype
         assert block.log_normalizers == [one.log_normalizers[0] for i, one in enumerate(alone) if i != 3]
 
 
+@pytest.mark.parametrize("offset", [400.0, 3e4, 1e6, -1e7])
+@pytest.mark.parametrize("n_rows", [1, 9])
+def test_what_all_logits_share_costs_no_precision(offset: float, n_rows: int) -> None:
+    logits = torch.tensor([[0.0, 1.0, -2.0, 3.0]]).expand(n_rows, 4) + offset
+    rows, log_normalizers = normalize(logits, 4)
+    assert torch.allclose(rows.double(), logits.double().log_softmax(-1), atol=1e-6)
+    assert log_normalizers == pytest.approx(logits.double().logsumexp(-1).tolist(), abs=1e-6)
+
+
+def test_a_fork_hears_that_it_cannot_ask_before_any_lock_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock of the memo may be held for ever by a thread that the fork has not."""
+    llm = fake_language_model(FakeEngine())
+
+    def other_process() -> None:
+        raise errors.ForkedEngine(1, 2)
+
+    monkeypatch.setattr(llm._service.batcher, "check_process", other_process)
+    monkeypatch.setattr(llm._service.memo, "get", lambda key: pytest.fail("the memo was asked"))
+    with pytest.raises(errors.ForkedEngine):
+        asyncio.run(llm.next_token_logprobs([1]))
+    monkeypatch.undo()
+    llm.close()
+
+
 def test_without_a_compiler_rows_are_normalised_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(2, 5)
     expected = normalize(logits, 7)

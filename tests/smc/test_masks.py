@@ -81,6 +81,21 @@ class Panic(BaseException):
     """As a library in Rust raises it."""
 
 
+def test_an_error_without_words_reaches_who_asked():
+    class Wordless(BaseException):
+        def __str__(self):
+            raise RuntimeError("no words")
+
+    class Raising(Held):
+        def masks(self, states):
+            raise Wordless
+
+    masks = Masks([Raising()], [])
+    with pytest.raises(RuntimeError, match="Wordless"):
+        masks.late([(0,)]).result(30)
+    assert masks._is_idle.wait(30)
+
+
 @pytest.mark.parametrize("raised", [StopIteration, asyncio.CancelledError, Panic])
 async def test_whatever_is_raised_leaves_nobody_waiting(raised):
     class Raising(NoRepeat):
@@ -316,7 +331,7 @@ def test_an_error_of_a_late_mask_reaches_only_the_particle_that_causes_it():
 
 
 async def test_the_model_computes_while_masks_are_made_and_who_draws_waits():
-    rule, engine = Held(is_open=False), FakeEngine(3)
+    rule, engine = Held(is_open=False), FakeEngine(3, is_open=False)
     llm = fake_language_model(engine, n_vocab=3)
     drawing = asyncio.create_task(
         Direct(Product(LanguageModel(llm, [0], eos_token_ids=[2]), rule)).propose(((), ()), 5)
@@ -324,7 +339,8 @@ async def test_the_model_computes_while_masks_are_made_and_who_draws_waits():
     assert await engine.entered() == [(0,)]  # before any mask is there
     while not rule.calls:
         await asyncio.sleep(0.001)
-    assert rule.calls == [[()]]
+    assert rule.calls == [[()]]  # while the model computes
+    engine.open()
     await asyncio.sleep(0.05)
     assert not drawing.done()
     rule.gate.release()

@@ -8,6 +8,7 @@ Importing this file imports numba.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,11 @@ from genlm_backend.llm.hf.linear import Merged, PackedLinear, Part
 
 MOST_ROWS = 128  # the compiled calls have one thread; with more rows the work of all pays
 
+# What attention may be given: no position_ids, on which it might depend in places that no self-test looks at.
+_OF_ATTENTION = {
+    *("hidden_states", "position_embeddings", "attention_mask", "past_key_value", "past_key_values"),
+    *("cache_position", "kwargs"),
+}
 _KINDS = {torch.float32: np.uint32(0), torch.bfloat16: np.uint16(0)}  # see `add_norm`
 
 
@@ -75,6 +81,8 @@ class FusedLayer:
         self._angles = angles
         self._before, self._after = layer.input_layernorm, layer.post_attention_layernorm
         self._attention = attention
+        of_heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self._norms = [self._before, self._after, *(norm for norm in of_heads if norm is not None)]
         self._head_dim: int = attention.head_dim
         n_heads, n_kv_heads = (layer.out_features // self._head_dim for layer in (attention.q_proj, attention.k_proj))
         self._heads = [n_heads, n_kv_heads, n_kv_heads]  # of queries, keys, values
@@ -102,7 +110,7 @@ class FusedLayer:
             or n > MOST_ROWS
             or angles.kind != ((1, n, self._head_dim), dtype)
             or past_key_values is not None
-            or self._before.weight.dtype != dtype
+            or any(norm.weight.dtype != dtype for norm in self._norms)
             or not hidden_states.is_contiguous()
         ):
             own: torch.Tensor = self._own(
@@ -153,7 +161,11 @@ def _is_like_llama(layer: nn.Module) -> bool:
     parts = dict(layer.named_children())
     if set(parts) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return False
-    if not all(_does_as_its_class(module) for module in layer.modules() if module is not layer):
+    if not all(_runs_its_class(module) for module in layer.modules()):
+        return False
+    if not all(_has_no_hooks(module) for module in layer.modules() if module is not layer):
+        return False  # those of the layer itself are called all the same
+    if not set(inspect.signature(parts["self_attn"].forward).parameters) <= _OF_ATTENTION:
         return False
     in_attention, in_mlp = (dict(parts[name].named_children()) for name in ("self_attn", "mlp"))
     norms = [parts["input_layernorm"], parts["post_attention_layernorm"]]
@@ -180,12 +192,16 @@ def _has_whole_heads(attention: Any) -> bool:
     return isinstance(size, int) and not (size % 2 or n_queries % size or n_keys % size) and n_keys == n_values
 
 
-def _does_as_its_class(module: nn.Module) -> bool:
-    """Whether it runs transformers' code or torch's, and nobody's besides, which would be passed over."""
+def _runs_its_class(module: nn.Module) -> bool:
+    """Whether it runs transformers' code or torch's: other code would be passed over."""
     is_known = type(module).__module__.startswith(("transformers.", "torch.nn.")) or isinstance(
         module, PackedLinear | Merged
     )
-    return is_known and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return is_known and "forward" not in vars(module)
+
+
+def _has_no_hooks(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_silu(activation: nn.Module) -> bool:

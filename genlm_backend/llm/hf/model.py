@@ -237,7 +237,7 @@ def _packed_engine(model: Any, plain: Any, kv_cache_bytes: int, limit: int | Non
     engine = PackedEngine(replica(model, attention), kv_cache_bytes)
     try:
         self_test.check_packed(engine, plain, limit)
-    except self_test.Failed as error:
+    except Exception as error:  # a fused layer may raise anything where the parts of a layer are other than they look
         if not engine.n_fused:
             raise
         _logger.info("layers of %s are not fused: %s", type(model).__name__, error)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from genlm_backend.llm.hf.attention import NotPackable, implementation_for
+from genlm_backend.llm.hf.lists import list_cost
 from genlm_backend.llm.hf.packed import PackedEngine
 from genlm_backend.llm.hf.replica import replica
 from genlm_backend.llm.hf.uncached import UncachedEngine
@@ -60,7 +61,8 @@ def check_packed(engine: PackedEngine, model: Any, limit: int | None) -> None:
         _check_numbers(engine, UncachedEngine(model), limit, MODEL_TOLERANCE)
         twin = make_twin(model)
         if twin is not None:
-            for cost in (math.inf, 0.0) if twin.device.type == "cpu" else (math.inf,):  # without lists, and with
+            # Without lists, and with.
+            for cost in (math.inf, 0.0) if list_cost(twin.device) < math.inf else (math.inf,):
                 its_replica = replica(twin, implementation_for(own_attention(twin)))
                 packed = PackedEngine(its_replica, kv_cache_bytes=2**30, is_fused=engine.n_fused > 0, list_cost=cost)
                 _check_numbers(packed, UncachedEngine(twin), limit, TWIN_TOLERANCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import random
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from genlm_backend.llm import AsyncTransformer
 from genlm_backend.llm.hf import fused
@@ -209,6 +211,65 @@ def test_layers_with_a_users_code_are_left_alone() -> None:
     model.model.layers[1].mlp = Doubled(model.config)
     model.model.layers[0].self_attn.forward = model.model.layers[0].self_attn.forward
     assert fuse(replica(model)) == 2
+    own = model.model.layers[2].forward
+    model.model.layers[2].forward = lambda *arguments, **others: 1.01 * own(*arguments, **others)
+    model.model.layers[3].__class__ = type("Steered", (LlamaDecoderLayer,), {"__module__": __name__})
+    assert fuse(replica(model)) == 0
+
+
+def test_attention_that_is_told_its_positions_is_left_alone(wrap: Callable[..., AsyncTransformer]) -> None:
+    """Ministral 3 scales its queries from one position on, far beyond those that the self-test looks at."""
+    small_one = architectures._SMALL | {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 64,
+        }
+    }
+    try:
+        config = AutoConfig.for_model("ministral3", **small_one)
+    except ValueError:
+        pytest.skip("this transformers has no Ministral 3")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert fuse(replica(model)) == 0
+    llm, ids = wrap(model), random_ids(random.Random(0), 150)
+    llm.next_token_logprobs_sync(ids[:-1])
+    row = llm.next_token_logprobs_sync(ids)
+    assert (row - asyncio.run(llm.next_token_logprobs_uncached(ids))).abs().max() <= TINY_NATS
+
+
+def test_norms_of_another_type_are_the_layers_own() -> None:
+    """transformers refuses them; the compiled calls would read past their end."""
+    model = replica(fresh("llama").bfloat16())
+    assert fuse(model) == 4
+    x, angles = torch.randn(1, 3, 64).bfloat16(), torch.ones(1, 3, 16).bfloat16()
+    layer = model.model.layers[1]
+    layer.post_attention_layernorm.float()
+    calls = []
+    layer.forward._own = lambda *arguments, **others: calls.append(arguments)
+    layer(x, position_embeddings=(angles, angles))
+    assert len(calls) == 1
+
+
+def test_whatever_a_fused_layer_raises_the_model_is_packed_without(
+    wrap: Callable[..., AsyncTransformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raising(*_: Any, **__: Any) -> None:
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(FusedLayer, "__call__", raising)
+    llm = wrap(fresh("llama"))
+    assert llm.path == "packed" and llm._service.engine.n_fused == 0  # type: ignore[attr-defined]
+
+
+def test_without_a_compiler_models_are_packed_all_the_same(
+    wrap: Callable[..., AsyncTransformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    llm = wrap(fresh("llama"))
+    assert llm.path == "packed" and llm._service.engine.n_fused == 0  # type: ignore[attr-defined]
 
 
 def test_a_users_model_keeps_its_own_layers(wrap: Callable[..., AsyncTransformer]) -> None:
