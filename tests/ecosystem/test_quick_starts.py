@@ -68,9 +68,9 @@ def readme_programs(distribution: str, model: str) -> list[str]:
     return [block.replace(f'"{model}"', repr(str(demo_model_path()))) for block in blocks]
 
 
-def run(*programs: str) -> dict[str, Any]:
-    """What is left behind by programs that run one after the other, as in a notebook."""
-    names: dict[str, Any] = {"__name__": "pasted"}
+def run(*programs: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What is left behind by programs that run one after the other, as in a notebook, after those that left `names`."""
+    names = {"__name__": "pasted"} if names is None else names
     for program in programs:
         outcome = eval(compile(program, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
         if inspect.iscoroutine(outcome):
@@ -100,11 +100,26 @@ def test_the_readme_of_genlm_bytes() -> None:
     names["llm"].close()
 
 
+def end_after(model: Any, n_tokens: int) -> None:
+    """Also without a full stop, which a small model that may write no "e" may never come to."""
+    own = model.step
+
+    async def step(self: Any) -> None:
+        await own(self)
+        self.n_steps = getattr(self, "n_steps", 0) + 1
+        if self.n_steps == n_tokens and not self.done_stepping():
+            self.finish()
+
+    model.step = step
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("distribution", ["llamppl", "hfppl"])
 def test_the_readme_of_llamppl(distribution: str) -> None:
-    programs = readme_programs(distribution, "meta-llama/Llama-2-7b-hf")
-    names = run(*programs)
+    definition, *others = readme_programs(distribution, "meta-llama/Llama-2-7b-hf")
+    names = run(definition)
+    end_after(names["MyModel"], 30)
+    run(*others, names=names)
     assert isinstance(names["lm"].model, AsyncTransformer)
     assert len(names["particles"]) == 5
     for particle in names["particles"]:
