@@ -461,7 +461,10 @@ def _sum_of_exp(row: Float32s, top: np.float32, inverse: np.float32) -> float:
 
 @compiled()
 def _exp(x: np.float32) -> np.float32:
-    """exp(x) for x <= 0, to 3e-7 of the largest term; 0 below -87.7. A whole power of 2 times a short series."""
+    """exp(x) for x <= 0, to 3e-7 of the largest term; 0 below -87.7. A whole power of 2 times a short series.
+
+    Not `bits.power_of_2`: that can only be compiled, and masses are to be summed under NUMBA_DISABLE_JIT too.
+    """
     octaves = max(x * _LOG2_E, np.float32(-127.0))
     whole = np.floor(octaves + np.float32(0.5))
     r = (octaves - whole) * _LN2
